@@ -1,0 +1,382 @@
+"""The contract of the pipeline and its knobs: the one place to change a setting.
+
+UPPER_CASE constants are the contract: what would make yesterday's vectors or files
+wrong if it changed (prompts, image preparation, folder and file formats). They enter
+the fingerprints that the phases compare.
+
+`Config` holds the knobs. Every field is a command-line flag of the phases that use it
+(`_` becomes `-`), made by `parse_config`: one place to look, one way to override.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PROGRAM_VERSION = "1.0.0"
+"""Version of the program, written into every manifest."""
+
+# --- Classes ------------------------------------------------------------------------
+
+CLASS_NAMES = ("FDT", "MTF", "TOR")
+"""Class folders that phase 1 creates; any other folder name is a class as well."""
+
+BACKGROUND_CLASSES = ("FDT",)
+"""Classes without an object in the beam: described with BACKGROUND_PROMPTS."""
+
+INCONCLUSIVE = "no concluyente"
+"""What phase 4 prints where it should not name a class."""
+
+# --- Files --------------------------------------------------------------------------
+
+FILE_LIST = "manifiesto.csv"
+"""Phase 1: one line per written file, in chronological order."""
+
+REJECTED_LIST = "rechazados.csv"
+"""Phases 1 and 2: what was left out, and why."""
+
+MANIFEST = "manifiesto.json"
+"""Phase 2: with what the dataset was made; its presence means "complete"."""
+
+DATASET_X, DATASET_Y, DATASET_ROWS = (
+    "dataset_X.npy",
+    "dataset_y.npy",
+    "dataset_filas.csv",
+)
+"""Phase 2: float32 (n_rows, n_features); str (n_rows,); one line per row."""
+
+JOURNAL_DIR = "descripciones"
+"""Phase 2: one append-only JSON Lines file of answers per image."""
+
+CLASSIFIER, SCALER = "clasificador_svc.joblib", "escalador.joblib"
+"""Phase 3: scikit-learn objects that load with scikit-learn and numpy alone."""
+
+CONFUSION_MATRIX, METRICS = "matriz_de_confusion.png", "metricas.json"
+"""Phase 3: the figure, and the figures; METRICS is written last."""
+
+# --- Image preparation: decoded pixels -> what the VLM sees -------------------------
+
+PREPARATION_VERSION = 1
+"""Raise it when the code of the preparation changes what it sends."""
+
+IMAGE_SIDE_PX = 336
+"""Input side of llava-phi3's vision encoder (CLIP ViT-L/14-336)."""
+
+WINDOW_PERCENTILES = (0.5, 99.5)
+"""Grey window: percentiles of the image, since it may use a sliver of its range."""
+
+WINDOW_MIN_NOISE_SDS = 40.0
+"""The window is never narrower than this many noise SDs of the reduced image.
+
+Without it the noise of a flat field fills the grey range and is described as an object.
+"""
+
+PADDING_GREY = 116
+"""Grey level beside images that are not square (llava-1.5 pads with 122, 116, 104)."""
+
+# --- Prompts ------------------------------------------------------------------------
+# No prompt names a class, a folder or a file. The differentiated sets differ in what
+# they ask; the generic set is the one that phase 4 can ask of an unknown image.
+
+OBJECT_PROMPTS = (
+    "Describe the object in this X-ray image: its outline, its edges and its details.",
+    "What shapes do you see in this radiograph? Name each shape and where it lies.",
+    "Describe every straight edge in this X-ray image and how it is tilted.",
+    "Are there circles, discs or rings in this radiograph? Say how many and where.",
+    "Describe the borders between bright and dark areas of this X-ray image.",
+    "Is there a pattern of parallel bars or lines here? Describe it and its position.",
+    "Describe the largest object in this radiograph: shape, size and brightness.",
+    "Describe the smallest details that you can make out in this X-ray image.",
+    "How is the object in this radiograph arranged? Describe its layout.",
+    "Which parts of this X-ray image are brightest and which darkest? What are they?",
+    "Describe the contrast between the object and its background in this radiograph.",
+    "Count the separate details in this X-ray image and describe how they are grouped.",
+    "Describe what lies in the centre of this radiograph and what lies around it.",
+    "Describe the symmetry of the object in this X-ray image.",
+    "How much of this radiograph does the object cover, and where does it end?",
+    "Describe this X-ray test object to somebody who can't see it.",
+    "Describe the texture inside and outside the object in this X-ray image.",
+    "Is the transition at the edges of this object sharp or gradual? Describe it.",
+    "Go through this radiograph from left to right and describe what appears.",
+    "Go through this X-ray image from top to bottom and describe what appears.",
+)
+"""Asked of images with an object in the beam: every class not named as background."""
+
+BACKGROUND_PROMPTS = (
+    "Describe how uniform the brightness of this X-ray image is.",
+    "Does the brightness of this radiograph change from one side to the other? How?",
+    "Describe the texture and the noise of this X-ray image.",
+    "Compare the corners of this radiograph with its centre.",
+    "Are there lines, bands or stripes in this X-ray image? Describe them.",
+    "Describe the borders of this radiograph and anything that you see there.",
+    "Is anything at all visible in this X-ray image apart from an even grey?",
+    "Describe the grey levels of this radiograph and how they are distributed.",
+    "Describe any spots, dots or blemishes in this X-ray image.",
+    "Is the illumination of this radiograph even? Describe where it is not.",
+    "Describe the gradient of brightness in this X-ray image, if there is one.",
+    "Describe the overall appearance of this empty radiograph.",
+    "How smooth or grainy is this X-ray image? Describe it in two sentences.",
+    "Describe the brightest and the darkest region of this radiograph.",
+    "Are there blocks or tiles of different brightness in this X-ray image?",
+    "Describe the left half and the right half of this radiograph.",
+    "Describe the upper half and the lower half of this X-ray image.",
+    "Is there any structure in this radiograph? Say how faint or strong it is.",
+    "Describe the contrast of this X-ray image.",
+    "Describe this radiograph to somebody who can't see it.",
+)
+"""Asked of images of the background classes."""
+
+GENERIC_PROMPTS = (
+    "Describe this X-ray image in detail.",
+    "What do you see in this radiograph?",
+    "Describe the content of this X-ray image: shapes, edges, brightness and texture.",
+    "Is there an object in this radiograph? Describe what the image shows.",
+    "Describe the layout of this X-ray image from the centre to the borders.",
+    "Summarise in three sentences what is visible in this radiograph.",
+    "Describe the main visual features of this X-ray image.",
+    "What stands out in this radiograph, and what is its background like?",
+    "Describe this X-ray image as precisely as you can, without naming its purpose.",
+    "List what can be seen in this radiograph: structures, patterns and uniformity.",
+)
+"""Asked of every training image and, in phase 4, of every new image."""
+
+PROMPT_SETS = {
+    "object": OBJECT_PROMPTS,
+    "background": BACKGROUND_PROMPTS,
+    "generic": GENERIC_PROMPTS,
+}
+"""The names under which `dataset_filas.csv` files each prompt."""
+
+PROBE_SENTENCE = "A radiograph of a uniform grey field without any object."
+"""Embedded by phases 2 and 4: a changed embedding means another embedder."""
+
+# --- Knobs --------------------------------------------------------------------------
+
+ALL_PHASES = (1, 2, 3, 4)
+VLM_PHASES = (2, 4)
+
+
+def _knob(
+    default: Any, help_text: str, *phases: int, flag: str = "", **extra: Any
+) -> Any:
+    """A dataclass field that knows which phases show it as a flag, and how."""
+    metadata = {"help": help_text, "phases": phases, "flag": flag, **extra}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The knobs of all phases; each field is a flag of the phases that it names."""
+
+    base: Path = _knob(Path(), "folder that holds the data folders", *ALL_PHASES)
+    verbose: bool = _knob(False, "say more about every item", *ALL_PHASES)
+    quiet: bool = _knob(False, "say nothing but results and errors", *ALL_PHASES)
+
+    input_dir: Path = _knob(Path("input_dicom"), "folder of the user's DICOM files", 1)
+    decompressed_dir: Path = _knob(
+        Path("f1_descomprimidos"), "folder of the decompressed files", 1, 3
+    )
+    labelled_dir: Path = _knob(
+        Path("datos_etiquetados"), "folder with one subfolder per class", 1, 2, 3
+    )
+    dataset_dir: Path = _knob(
+        Path("dataset_final_vlm"), "folder of the vectors and the journal", 2, 3
+    )
+    model_dir: Path = _knob(Path("modelo_final_vlm"), "folder of the model", 3, 4)
+
+    jobs: int = _knob(0, "worker processes; 0 means one per processor core", 1)
+    max_image_mb: int = _knob(
+        2048, "reject images that would decode to more megabytes than this", 1
+    )
+    item_timeout_s: float = _knob(60.0, "give up on a file after this many seconds", 1)
+
+    host: str = _knob(
+        "",
+        "address of the Ollama server (default: OLLAMA_HOST, else "
+        "http://127.0.0.1:11434)",
+        *VLM_PHASES,
+    )
+    vlm: str = _knob("llava-phi3", "vision language model that describes", *VLM_PHASES)
+    embed_model: str = _knob(
+        "nomic-embed-text", "model that turns descriptions into vectors", *VLM_PHASES
+    )
+    concurrency: int = _knob(
+        0,
+        "requests in flight at once; 0 means one more than --server-parallel, that is 2 "
+        "unless it is changed",
+        *VLM_PHASES,
+    )
+    server_parallel: int = _knob(
+        1, "the server's OLLAMA_NUM_PARALLEL: images described at once", *VLM_PHASES
+    )
+    pull: bool = _knob(False, "download missing models first", *VLM_PHASES)
+    wait: float = _knob(
+        600.0, "seconds to wait for a server that stopped answering", *VLM_PHASES
+    )
+    temperature: float = _knob(0.7, "sampling temperature of the VLM", *VLM_PHASES)
+    num_predict: int = _knob(128, "tokens that a description may have", *VLM_PHASES)
+    num_ctx: int = _knob(2048, "context length asked of the VLM, tokens", *VLM_PHASES)
+    keep_alive: str = _knob("30m", "how long the server keeps models", *VLM_PHASES)
+    connect_timeout: float = _knob(5.0, "seconds to reach the server", *VLM_PHASES)
+    read_timeout: float = _knob(
+        300.0, "seconds to wait for one answer before it is asked again", *VLM_PHASES
+    )
+    load_timeout: float = _knob(
+        900.0, "seconds that the server may take to load a model", *VLM_PHASES
+    )
+    retries: int = _knob(
+        3, "times that a request is tried before it is given up", *VLM_PHASES
+    )
+
+    descriptions: int = _knob(50, "descriptions per labelled image", 2)
+    generic_share: float = _knob(
+        0.2, "share of the descriptions asked with the generic prompts, 0 to 1", 2
+    )
+    estimate: bool = _knob(
+        False, "ask a few descriptions, print the expected duration and stop", 2
+    )
+
+    group_by: str = _knob(
+        "image",
+        "what must not be on both sides of a split",
+        3,
+        choices=("image", "detector", "station", "day", "study"),
+    )
+    search: str = _knob(
+        "none", "hyper-parameter search", 3, choices=("none", "short", "full")
+    )
+    seed: int = _knob(0, "seed of folds and permutations", 3)
+    folds: int = _knob(5, "folds of the cross-validation", 3)
+    kernel: str = _knob("linear", "kernel of the SVC", 3, choices=("linear", "rbf"))
+    c: float = _knob(0.01, "penalty C of the SVC", 3)
+    max_error: float = _knob(
+        0.05, "share of errors accepted among the answered images", 3
+    )
+
+    inference_descriptions: int = _knob(
+        10, "generic descriptions per new image", 3, 4, flag="descriptions"
+    )
+    json: bool = _knob(False, "print one JSON object per image", 4)
+    csv: Path | None = _knob(None, "also write the results to this CSV file", 4)
+    copy_to: Path | None = _knob(
+        None, "copy every image into a folder of its class below this one", 4
+    )
+    force: bool = _knob(
+        False, "answer although model and server no longer match; says so", 4
+    )
+
+    def folder(self, name: str) -> Path:
+        """The path of the folder field `name`, below the base directory."""
+        return self.base / Path(getattr(self, name))
+
+    @property
+    def host_url(self) -> str:
+        """Address of the Ollama server: --host, else OLLAMA_HOST, else the default."""
+        return self.host or os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"
+
+    @property
+    def in_flight(self) -> int:
+        """Bound of the semaphore: requests in flight at once."""
+        return self.concurrency or self.server_parallel + 1
+
+
+def parse_config(
+    phase: int,
+    documentation: str,
+    argv: Sequence[str] | None = None,
+    positional: tuple[str, str] | None = None,
+) -> tuple[Config, list[Path]]:
+    """Read the flags of one phase from the command line.
+
+    Parameters
+    ----------
+    phase : int
+        1 to 4: only the fields that name this phase become flags.
+    documentation : str
+        The script's docstring, shown by ``--help``.
+    argv : sequence of str, optional
+        Arguments without the program name; the process's own by default.
+    positional : (name, help), optional
+        Accept one or more paths under this name.
+
+    Returns
+    -------
+    (Config, list of Path)
+        The knobs, and the positional paths (empty without `positional`).
+
+    Raises
+    ------
+    SystemExit
+        With code 2 on an unknown flag or a bad value, 0 after ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        description=documentation.replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if positional:
+        name, help_text = positional
+        parser.add_argument("paths", nargs="+", type=Path, metavar=name, help=help_text)
+    knobs = [knob for knob in fields(Config) if phase in knob.metadata["phases"]]
+    for knob in knobs:
+        _add_flag(parser, knob)
+    values = vars(parser.parse_args(argv))
+    paths = values.pop("paths", [])
+    problem = _first_problem(values)
+    if problem:
+        parser.error(problem)
+    return Config(**values), paths
+
+
+def _add_flag(parser: argparse.ArgumentParser, knob: Field[Any]) -> None:
+    flag = "--" + (knob.metadata["flag"] or knob.name).replace("_", "-")
+    help_text = knob.metadata["help"].replace("%", "%%")
+    if isinstance(knob.default, bool):
+        parser.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
+        return
+    assert knob.default is not MISSING
+    shown = "" if knob.default in (None, "") else f" (default: {knob.default})"
+    is_path = knob.default is None or isinstance(knob.default, Path)
+    parser.add_argument(
+        flag,
+        dest=knob.name,
+        type=Path if is_path else type(knob.default),
+        default=knob.default,
+        choices=knob.metadata.get("choices"),
+        metavar=None if "choices" in knob.metadata else knob.name.upper(),
+        help=help_text + shown,
+    )
+
+
+_AT_LEAST = {
+    "jobs": 0,
+    "max_image_mb": 1,
+    "concurrency": 0,
+    "server_parallel": 1,
+    "wait": 0,
+    "temperature": 0,
+    "num_predict": 1,
+    "num_ctx": 1,
+    "retries": 1,
+    "descriptions": 1,
+    "inference_descriptions": 1,
+    "seed": 0,
+    "folds": 2,
+}
+_ABOVE_ZERO = ("item_timeout_s", "connect_timeout", "read_timeout", "load_timeout", "c")
+_SHARES = ("generic_share", "max_error")
+
+
+def _first_problem(values: dict[str, Any]) -> str | None:
+    """What is wrong with the values, if anything: NaN fails every comparison."""
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if name in _AT_LEAST and not value >= _AT_LEAST[name]:
+            return f"{flag} must be at least {_AT_LEAST[name]}, not {value}"
+        if name in _ABOVE_ZERO and not value > 0:
+            return f"{flag} must be greater than 0, not {value}"
+        if name in _SHARES and not 0 <= value <= 1:
+            return f"{flag} must be between 0 and 1, not {value}"
+    return None
