@@ -204,8 +204,7 @@ class Config:
     )
     concurrency: int = _knob(
         0,
-        "requests in flight at once; 0 means one more than --server-parallel, that is 2 "
-        "unless it is changed",
+        "requests in flight at once; 0 means --server-parallel + 1, by default 2",
         *VLM_PHASES,
     )
     server_parallel: int = _knob(
