@@ -149,6 +149,15 @@ PROMPT_SETS = {
 }
 """The names under which `dataset_filas.csv` files each prompt."""
 
+BREVITY = "Answer in two or three short sentences."
+"""Ends every prompt, so that answers fit into the tokens that they may have."""
+
+TEXT_ATTEMPTS = 3
+"""Seeds tried for one question before its image is given up for this run."""
+
+EMBED_CHUNK = 32
+"""Texts per embedding request: a list saves round trips but fails as a whole."""
+
 PROBE_SENTENCE = "A radiograph of a uniform grey field without any object."
 """Embedded by phases 2 and 4: a changed embedding means another embedder."""
 
@@ -215,7 +224,7 @@ class Config:
         600.0, "seconds to wait for a server that stopped answering", *VLM_PHASES
     )
     temperature: float = _knob(0.7, "sampling temperature of the VLM", *VLM_PHASES)
-    num_predict: int = _knob(128, "tokens that a description may have", *VLM_PHASES)
+    num_predict: int = _knob(160, "tokens that a description may have", *VLM_PHASES)
     num_ctx: int = _knob(2048, "context length asked of the VLM, tokens", *VLM_PHASES)
     keep_alive: str = _knob("30m", "how long the server keeps models", *VLM_PHASES)
     connect_timeout: float = _knob(5.0, "seconds to reach the server", *VLM_PHASES)
@@ -226,7 +235,10 @@ class Config:
         900.0, "seconds that the server may take to load a model", *VLM_PHASES
     )
     retries: int = _knob(
-        3, "times that a request is tried before it is given up", *VLM_PHASES
+        5, "times that a request is tried before it is given up", *VLM_PHASES
+    )
+    retry_pause: float = _knob(
+        0.5, "seconds before the second try; doubles with each one", *VLM_PHASES
     )
 
     descriptions: int = _knob(50, "descriptions per labelled image", 2)
@@ -359,6 +371,7 @@ _AT_LEAST = {
     "num_predict": 1,
     "num_ctx": 1,
     "retries": 1,
+    "retry_pause": 0,
     "descriptions": 1,
     "inference_descriptions": 1,
     "seed": 0,

@@ -3,6 +3,7 @@
 Silent and stateless: nothing here prints, exits or remembers.
 """
 
+import asyncio
 import base64
 import csv
 import errno
@@ -10,13 +11,29 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import random
+import time
+import zlib
+from collections import Counter
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self, TypeVar
+from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
+import ollama
 import pydicom
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,6 +41,10 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 
 import config
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+Job = TypeVar("Job")
 
 # --- Errors -------------------------------------------------------------------------
 
@@ -338,6 +359,603 @@ def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 # --- The vision language model ------------------------------------------------------
+
+REFUSAL_OPENINGS = (
+    "i'm sorry",
+    "i am sorry",
+    "sorry,",
+    "i cannot",
+    "i can't",
+    "as an ai",
+)
+"""Openings of an answer that declines to describe; counted, not asked again."""
+
+HARD_PROBLEMS = ("broken", "empty", "looping")
+"""Answers that can't stand in the dataset; "cut" and "refusal" are only counted."""
+
+GIVE_UP_AFTER = 8
+"""Requests given up in a row, none answered between, that stop the run."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of a set, by its place in the image's list."""
+
+    prompt_set: str
+    index: int
+    prompt: str
+
+    def seed(self, image_id: str, attempt: int) -> int:
+        """A seed of its own for every image, question and attempt, 31 bits."""
+        name = f"{image_id}:{self.prompt_set}:{self.index}:{attempt}"
+        return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def questions(prompt_set: str, count: int) -> list[Question]:
+    """The first `count` questions of a set; beyond its end the prompts come again."""
+    prompts = config.PROMPT_SETS[prompt_set]
+    return [
+        Question(prompt_set, index, f"{prompts[index % len(prompts)]} {config.BREVITY}")
+        for index in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the VLM said, whether it can be used, and how long it took."""
+
+    text: str
+    problem: str = ""
+    """Empty, or "broken", "empty", "looping", "cut" or "refusal"."""
+    vision_s: float = 0.0
+    """Seconds of prompt evaluation: image encoding and prefill."""
+    text_s: float = 0.0
+    """Seconds of generation."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the text may stand in the dataset."""
+        return self.problem not in HARD_PROBLEMS
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the preflight found on the server."""
+
+    version: str
+    vlm_digest: str
+    embedder_digest: str
+    both_loaded: bool
+    """Whether VLM and embedder stay in memory together."""
+    gpu_share: float
+    """Share of the loaded VLM that lies in GPU memory, 0 to 1."""
+    probe: NDArray[np.float32]
+    """Today's embedding of PROBE_SENTENCE, (n_features,)."""
+
+
+def conditions(cfg: config.Config, facts: ServerFacts) -> dict[str, Any]:
+    """All that makes one run's vectors comparable with another's, for the manifests."""
+    generic = len(config.GENERIC_PROMPTS)
+    return {
+        "vlm": cfg.vlm,
+        "vlm_digest": facts.vlm_digest,
+        "embedder": cfg.embed_model,
+        "embedder_digest": facts.embedder_digest,
+        "options": vlm_options(cfg),
+        "preparation": preparation(),
+        "generic_prompts": [q.prompt for q in questions("generic", generic)],
+    }
+
+
+def vlm_options(cfg: config.Config) -> dict[str, Any]:
+    """Sampling and runner options of every description, without its seed."""
+    return {
+        "temperature": cfg.temperature,
+        "num_predict": cfg.num_predict,
+        "num_ctx": cfg.num_ctx,
+    }
+
+
+def server_url(cfg: config.Config) -> str:
+    """The server's address with scheme and port, as Ollama completes OLLAMA_HOST.
+
+    A server bound to every interface (0.0.0.0) is reached at the loopback address.
+    """
+    host = cfg.host_url.rstrip("/")
+    address = urlsplit(host if "://" in host else f"http://{host}")
+    name = (address.hostname or "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
+    name = f"[{name}]" if ":" in name else name
+    implied = {"http": 80, "https": 443}[address.scheme] if "://" in host else 11434
+    return f"{address.scheme}://{name}:{address.port or implied}{address.path}"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the address is this machine's own."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+class VlmServer:
+    """The Ollama server: one client, one semaphore, one place where calls are retried.
+
+    Use as an async context manager. `preflight` comes first; `describe` and `embed`
+    then raise RejectedError for what fails alone and PipelineError for what stops a
+    run: a server that stays away, or a model that is gone.
+    """
+
+    def __init__(self, cfg: config.Config) -> None:
+        self._cfg = cfg
+        self._url = server_url(cfg)
+        self._client = ollama.AsyncClient(
+            self._url,
+            timeout=httpx.Timeout(None, connect=cfg.connect_timeout, write=60.0),
+            trust_env=not is_loopback(self._url),
+        )
+        self._semaphore = asyncio.Semaphore(cfg.in_flight)
+        self._recovery = asyncio.Lock()
+        self._given_up_in_a_row = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # The client learned to close itself in version 0.6.2.
+        close = getattr(self._client, "close", None)
+        if close is not None:
+            await close()
+
+    # -- before any work --
+
+    async def preflight(self, progress: Callable[[str], object]) -> ServerFacts:
+        """Check in seconds that both models are there and do their work.
+
+        Parameters
+        ----------
+        progress : callable
+            Takes a line about a download (``--pull``) as it goes on.
+
+        Raises
+        ------
+        PipelineError
+            Naming what is missing, and the command that mends it.
+        """
+        version = await self._version()
+        try:
+            return await self._checked_models(version, progress)
+        except (ollama.ResponseError, *_SERVER_AWAY, ValueError) as error:
+            raise PipelineError(
+                f"the server at {self._url} (Ollama {version}) failed its first test: "
+                f"{_short(error)}: see its log"
+            ) from None
+
+    async def _checked_models(
+        self, version: str, progress: Callable[[str], object]
+    ) -> ServerFacts:
+        digests = await self._digests()
+        for model in (self._cfg.vlm, self._cfg.embed_model):
+            if not _find(digests, model):
+                await self._pull_or_explain(model, progress)
+                digests = await self._digests()
+        await self._check_vision()
+        await self._load_vlm()
+        probe = await self._probe_embedder()
+        loaded = (await self._client.ps()).models
+        vlm = [m for m in loaded if _same_model(m.model or "", self._cfg.vlm)]
+        size = sum(m.size or 0 for m in vlm)
+        return ServerFacts(
+            version=version,
+            vlm_digest=_find(digests, self._cfg.vlm),
+            embedder_digest=_find(digests, self._cfg.embed_model),
+            both_loaded=bool(vlm)
+            and any(_same_model(m.model or "", self._cfg.embed_model) for m in loaded)
+            and not _same_model(self._cfg.vlm, self._cfg.embed_model),
+            gpu_share=sum(m.size_vram or 0 for m in vlm) / size if size else 0.0,
+            probe=probe,
+        )
+
+    async def check_unchanged(self, facts: ServerFacts) -> None:
+        """Raise PipelineError when a model was replaced since the preflight."""
+        digests = await self._call(self._digests)
+        for model, then in (
+            (self._cfg.vlm, facts.vlm_digest),
+            (self._cfg.embed_model, facts.embedder_digest),
+        ):
+            if _find(digests, model) != then:
+                raise PipelineError(
+                    f"model {model} was replaced on the server during the run; start "
+                    "again: what the former model answered is kept apart"
+                )
+
+    async def _version(self) -> str:
+        """The server's version: also the cheapest proof that an Ollama answers."""
+        trust_proxy = not is_loopback(self._url)
+        try:
+            async with httpx.AsyncClient(trust_env=trust_proxy) as web:
+                reply = await web.get(f"{self._url}/api/version", timeout=5.0)
+            return str(reply.json()["version"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise PipelineError(
+                f"no Ollama answers at {self._url} ({_short(error)}): start it with "
+                "`ollama serve` or name its address with --host"
+            ) from None
+
+    async def _digests(self) -> dict[str, str]:
+        models = (await self._client.list()).models
+        return {str(m.model): str(m.digest) for m in models}
+
+    async def _pull_or_explain(
+        self, model: str, progress: Callable[[str], object]
+    ) -> None:
+        if not self._cfg.pull:
+            raise PipelineError(
+                f"model {model} is not on the server at {self._url}: run "
+                f"`ollama pull {model}` or add --pull"
+            )
+        try:
+            async for step in await self._client.pull(model, stream=True):
+                share = (step.completed or 0) / step.total if step.total else None
+                done = "" if share is None else f" {share:4.0%}"
+                progress(f"pull {model}: {step.status or ''}{done}")
+        except ollama.ResponseError as error:
+            raise PipelineError(
+                f"model {model} can't be downloaded ({_short(error)}): check its name "
+                "and the server's internet connection"
+            ) from None
+
+    async def _check_vision(self) -> None:
+        shown = await self._client.show(self._cfg.vlm)
+        families = (shown.details.families if shown.details else None) or ()
+        if "vision" not in (shown.capabilities or ()) and "clip" not in families:
+            raise PipelineError(
+                f"model {self._cfg.vlm} can't see images: choose a vision model with "
+                "--vlm, for example llava-phi3"
+            )
+
+    async def _load_vlm(self) -> None:
+        """Load the VLM with the options of every later call, so that none reloads it.
+
+        With an own, long time-out: a client that leaves early aborts the load.
+        """
+        try:
+            async with asyncio.timeout(self._cfg.load_timeout):
+                await self._client.chat(
+                    self._cfg.vlm,
+                    messages=[],
+                    options=vlm_options(self._cfg),
+                    keep_alive=self._cfg.keep_alive,
+                )
+        except (ollama.ResponseError, TimeoutError) as error:
+            raise PipelineError(
+                f"model {self._cfg.vlm} can't be loaded ({_short(error)}): see the "
+                "server's log; a smaller --num-ctx needs less memory"
+            ) from None
+
+    async def _probe_embedder(self) -> NDArray[np.float32]:
+        model = self._cfg.embed_model
+        try:
+            async with asyncio.timeout(self._cfg.load_timeout):
+                vectors = await self._embed_once([config.PROBE_SENTENCE])
+        except ollama.ResponseError as error:
+            if "support embeddings" in str(error):
+                raise PipelineError(
+                    f"this server (Ollama 0.30 or later) can't embed with {model}: run "
+                    "`ollama pull nomic-embed-text` and use --embed-model "
+                    "nomic-embed-text"
+                ) from None
+            raise PipelineError(
+                f"model {model} can't embed ({_short(error)}): choose another "
+                "--embed-model"
+            ) from None
+        except TimeoutError:
+            raise PipelineError(
+                f"model {model} did not load within {self._cfg.load_timeout:.0f} s: "
+                "see the server's log"
+            ) from None
+        if vectors[0] is None:
+            raise PipelineError(
+                f"model {model} gives embeddings that are no numbers: choose another "
+                "--embed-model"
+            )
+        return vectors[0]
+
+    # -- the work --
+
+    async def describe(
+        self,
+        image: PreparedImage,
+        question: Question,
+        earlier: Sequence[Answer],
+        record: Callable[[int, Answer], object],
+    ) -> Answer:
+        """Ask one question about one image until the answer can be used.
+
+        Parameters
+        ----------
+        earlier : sequence of Answer
+            Attempts of earlier runs, none of them usable; each has its own seed.
+        record : callable
+            Takes every attempt's number and answer as soon as it is there.
+
+        Raises
+        ------
+        RejectedError
+            The server refused the request, or no attempt gave a usable text.
+        """
+        answers = list(earlier)
+        for _ in range(config.TEXT_ATTEMPTS):
+            seed = question.seed(image.image_id, len(answers))
+            answer = await self._call(partial(self._ask, image.png, question, seed))
+            record(len(answers), answer)
+            answers.append(answer)
+            if chosen := chosen_answer(answers):
+                return chosen
+        raise RejectedError(
+            f"no usable answer to {question.prompt_set} prompt {question.index} "
+            f"(the last one is {answers[-1].problem}): run again to try other seeds"
+        )
+
+    async def _ask(self, png: bytes, question: Question, seed: int) -> Answer:
+        # The client puts the image before the text, and only the text varies: the
+        # server then finds the image in its prefix cache. The same bytes every time.
+        response = await self._client.chat(
+            self._cfg.vlm,
+            messages=[{"role": "user", "content": question.prompt, "images": [png]}],
+            options={**vlm_options(self._cfg), "seed": seed},
+            keep_alive=self._cfg.keep_alive,
+        )
+        return _judged(response)
+
+    async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
+        """Embed texts in lists of EMBED_CHUNK; None for a text that can't be embedded.
+
+        A list fails as a whole, so that a failing one is asked again text by text.
+
+        Returns
+        -------
+        list of float32 (n_features,) or None
+            In the order of `texts`.
+        """
+        vectors: list[NDArray[np.float32] | None] = []
+        for start in range(0, len(texts), config.EMBED_CHUNK):
+            chunk = texts[start : start + config.EMBED_CHUNK]
+            try:
+                vectors += await self._call(partial(self._embed_once, chunk))
+            except RejectedError:
+                vectors += [await self._embed_alone(text) for text in chunk]
+        return vectors
+
+    async def _embed_alone(self, text: str) -> NDArray[np.float32] | None:
+        try:
+            return (await self._call(partial(self._embed_once, [text])))[0]
+        except RejectedError:
+            return None
+
+    async def _embed_once(
+        self, texts: Sequence[str]
+    ) -> list[NDArray[np.float32] | None]:
+        response = await self._client.embed(
+            self._cfg.embed_model,
+            texts,
+            options={"num_ctx": self._cfg.num_ctx},
+            keep_alive=self._cfg.keep_alive,
+        )
+        if len(response.embeddings) != len(texts):
+            raise ValueError(
+                f"{len(response.embeddings)} embeddings for {len(texts)} texts"
+            )
+        return [_checked_vector(vector) for vector in response.embeddings]
+
+    # -- one call, and what can go wrong --
+
+    async def _call(self, request: Callable[[], Awaitable[Result]]) -> Result:
+        """One request under the semaphore, tried again while its failure may pass."""
+        for attempt in range(self._cfg.retries):
+            try:
+                async with self._semaphore, asyncio.timeout(self._cfg.read_timeout):
+                    result = await request()
+            except Exception as error:
+                reason = error
+            else:
+                self._given_up_in_a_row = 0
+                return result
+            if not _may_pass(reason):
+                break
+            await self._pause(reason, attempt)
+        raise self._given_up(reason)
+
+    def _given_up(self, reason: Exception) -> PipelineError:
+        """The error for this request: does it end alone, or the run with it?"""
+        self._given_up_in_a_row += 1
+        if getattr(reason, "status_code", 0) in (401, 403, 404):
+            return PipelineError(f"the server at {self._url} says: {_short(reason)}")
+        if self._given_up_in_a_row >= GIVE_UP_AFTER:
+            return PipelineError(
+                f"the server at {self._url} failed {GIVE_UP_AFTER} requests in a row "
+                f"(last: {_short(reason)}): see its log, then run the same command "
+                "again"
+            )
+        return RejectedError(f"the server failed: {_short(reason)}")
+
+    async def _pause(self, reason: Exception, attempt: int) -> None:
+        """Wait before the next try: longer each time, or until the server is back."""
+        jitter = 0.5 + random.random()
+        await asyncio.sleep(min(30.0, self._cfg.retry_pause * 2**attempt) * jitter)
+        if isinstance(reason, _SERVER_AWAY):
+            async with self._recovery:
+                await self._wait_for_server()
+
+    async def _wait_for_server(self) -> None:
+        """Return when the server answers, with the VLM loaded again if need be."""
+        deadline = time.monotonic() + self._cfg.wait
+        while True:
+            try:
+                async with asyncio.timeout(self._cfg.connect_timeout):
+                    loaded = (await self._client.ps()).models
+                break
+            except Exception as error:
+                if time.monotonic() >= deadline:
+                    raise PipelineError(
+                        f"the server at {self._url} has not answered for "
+                        f"{self._cfg.wait:.0f} s ({_short(error)}): start it with "
+                        "`ollama serve` and run the same command again; every answer "
+                        "so far is kept"
+                    ) from None
+            await asyncio.sleep(min(2.0, self._cfg.retry_pause * 4))
+        if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
+            await self._load_vlm()
+
+
+async def in_lanes(
+    items: Iterable[Item],
+    jobs_of: Callable[[Item], Awaitable[Iterable[Job]]],
+    do: Callable[[Job], Awaitable[None]],
+    cfg: config.Config,
+) -> None:
+    """Work image by image: the server encodes each one once, and never waits.
+
+    As many lanes as the server has slots, each with one image at a time and its jobs in
+    sequence. With one slot a second request stands in the server's queue, also across
+    the border of two images; with more slots a second request of an image would take
+    another image's slot and have its own image encoded again.
+
+    Parameters
+    ----------
+    items : iterable
+        Taken from when a lane is about to run dry: memory holds what is in flight.
+    jobs_of : async callable
+        Prepares an image and gives its jobs.
+    do : async callable
+        One job; bounded by the semaphore of the server that it calls.
+    """
+    source = iter(items)
+    workers = cfg.in_flight if cfg.server_parallel == 1 else 1
+    async with asyncio.TaskGroup() as group:
+        for _ in range(cfg.server_parallel):
+            # The next image is prepared while the last jobs of this one still wait.
+            lane: asyncio.Queue[Job | None] = asyncio.Queue(maxsize=4)
+            group.create_task(_feed(lane, source, jobs_of, workers))
+            for _ in range(workers):
+                group.create_task(_work(lane, do))
+
+
+async def _feed(
+    lane: asyncio.Queue[Job | None],
+    source: Iterator[Item],
+    jobs_of: Callable[[Item], Awaitable[Iterable[Job]]],
+    workers: int,
+) -> None:
+    for item in source:
+        for job in await jobs_of(item):
+            await lane.put(job)
+    for _ in range(workers):
+        await lane.put(None)
+
+
+async def _work(
+    lane: asyncio.Queue[Job | None], do: Callable[[Job], Awaitable[None]]
+) -> None:
+    while (job := await lane.get()) is not None:
+        await do(job)
+
+
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run to the end; of several errors at once the first that stops the run shows."""
+    try:
+        return asyncio.run(main)
+    except BaseExceptionGroup as group:
+        raise _first_leaf(group) from None
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
+    """The answer that stands in the dataset, given all attempts so far in order.
+
+    The first whole one; a cut one only where a second attempt was no better.
+    """
+    whole = [a for a in answers if a.usable and a.problem != "cut"]
+    cut = [a for a in answers if a.problem == "cut"]
+    if whole:
+        return whole[0]
+    return cut[0] if cut and len(answers) > 1 else None
+
+
+_SERVER_AWAY = (ConnectionError, httpx.TransportError, TimeoutError)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failed request is worth another try; what is a bug is raised again."""
+    if isinstance(error, ollama.ResponseError):
+        if error.status_code == 400:
+            # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
+            return "EOF" in str(error)
+        return error.status_code not in (401, 403, 404, 413)
+    # ValueError: the body was no JSON, or not what was asked for.
+    if isinstance(error, (*_SERVER_AWAY, ValueError)):
+        return True
+    raise error
+
+
+def _judged(response: Any) -> Answer:
+    """An HTTP 200 is no success yet: the answer, with what is wrong with it."""
+    text = (response.message.content or "").strip()
+    if not response.done:
+        problem = "broken"
+    elif not text:
+        problem = "empty"
+    elif _loops(text):
+        problem = "looping"
+    elif response.done_reason == "length":
+        problem = "cut"
+    else:
+        refused = text.lower().startswith(REFUSAL_OPENINGS)
+        problem = "refusal" if refused else ""
+    return Answer(
+        text,
+        problem,
+        vision_s=(response.prompt_eval_duration or 0) / 1e9,
+        text_s=(response.eval_duration or 0) / 1e9,
+    )
+
+
+def _loops(text: str) -> bool:
+    """Whether a run of four words stands more than five times in the text."""
+    words = text.lower().split()
+    runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return bool(runs) and max(runs.values()) > 5
+
+
+def _checked_vector(values: Sequence[float]) -> NDArray[np.float32] | None:
+    vector = np.asarray(values, np.float32)
+    usable = vector.ndim == 1 and np.isfinite(vector).all() and vector.any()
+    return vector if usable else None
+
+
+def _same_model(name: str, other: str) -> bool:
+    return name.removesuffix(":latest") == other.removesuffix(":latest")
+
+
+def _find(digests: Mapping[str, str], model: str) -> str:
+    """The digest of a model on the server, or "" where it is not."""
+    for name, digest in digests.items():
+        if _same_model(name, model):
+            return digest
+    return ""
+
+
+def _short(error: object) -> str:
+    """An error in at most 200 characters of one line; the server nests JSON in JSON."""
+    text = str(error) or type(error).__name__
+    try:
+        nested = json.loads(text)["error"]
+        text = nested["message"] if isinstance(nested, dict) else str(nested)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return " ".join(text.split())[:200]
 
 
 def pack_vector(vector: NDArray[np.float32]) -> str:
