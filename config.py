@@ -9,6 +9,7 @@ the fingerprints that the phases compare.
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -55,6 +56,9 @@ CLASSIFIER, SCALER = "clasificador_svc.joblib", "escalador.joblib"
 
 CONFUSION_MATRIX, METRICS = "matriz_de_confusion.png", "metricas.json"
 """Phase 3: the figure, and the figures; METRICS is written last."""
+
+NEIGHBOURS = "vecinos.npz"
+"""Phase 3: generic training rows, scaled, that tell known images from strangers."""
 
 # --- Image preparation: decoded pixels -> what the VLM sees -------------------------
 
@@ -161,6 +165,56 @@ EMBED_CHUNK = 32
 PROBE_SENTENCE = "A radiograph of a uniform grey field without any object."
 """Embedded by phases 2 and 4: a changed embedding means another embedder."""
 
+# --- Decisions ----------------------------------------------------------------------
+
+NEIGHBOUR_COUNT = 10
+"""Novelty is the mean distance of a row to this many nearest training rows."""
+
+NEIGHBOUR_DIMENSIONS = 256
+"""Longer rows are kept as a random projection onto this many dimensions.
+
+Distances survive it within a few percent, 1,000 images take 10 MB instead of 120, and,
+unlike principal components, it keeps the directions in which strangers differ.
+"""
+
+KNOWN_REFUSED_SHARE = 0.05
+"""The novelty threshold refuses this share of the training images, each unseen."""
+
+ANSWERED_AT_LEAST = (5, 0.2)
+"""A confidence threshold must leave this many images, and this share, answered.
+
+Fewer right answers than that may be luck.
+"""
+
+# --- Training -----------------------------------------------------------------------
+
+POOL_SIZES = (5, 10, 25, 50)
+"""Rows of one image and kind averaged into a training vector, the first that fits."""
+
+TRAINING_VECTORS_MAX = 4000
+"""Pool more rows rather than train on more vectors than this: fits cost its square."""
+
+PROTOCOL_TABLE = (1, 10, 20)
+"""Numbers of generic descriptions for which the accuracy is shown."""
+
+SEARCH_SHORT = (
+    ("linear", 0.001, 1.0),
+    ("linear", 0.1, 1.0),
+    ("rbf", 1.0, 1.0),
+    ("rbf", 10.0, 1.0),
+)
+"""--search short: kernel, C and gamma (times 1/n_features), beside the default."""
+
+SEARCH_FULL = (
+    *SEARCH_SHORT,
+    ("linear", 0.0001, 1.0),
+    ("linear", 1.0, 1.0),
+    ("rbf", 1.0, 0.3),
+    ("rbf", 10.0, 0.3),
+    ("rbf", 10.0, 3.0),
+)
+"""--search full: these, each also on means of four times as many rows."""
+
 # --- Knobs --------------------------------------------------------------------------
 
 ALL_PHASES = (1, 2, 3, 4)
@@ -262,6 +316,19 @@ class Config:
     folds: int = _knob(5, "folds of the cross-validation", 3)
     kernel: str = _knob("linear", "kernel of the SVC", 3, choices=("linear", "rbf"))
     c: float = _knob(0.01, "penalty C of the SVC", 3)
+    gamma: float = _knob(1.0, "width of the rbf kernel, times 1/n_features", 3)
+    pool: int = _knob(
+        0, "rows of one image averaged into a training vector; 0 chooses", 3
+    )
+    repeats: int = _knob(
+        0, "repetitions of the folds; 0 means more for fewer images, 1 to 5", 3
+    )
+    permutations: int = _knob(
+        0, "label permutations; 0 means more for fewer images, 3 to 20", 3
+    )
+    skip_pixels: bool = _knob(
+        False, "leave out the pixel baseline, which decodes every labelled file", 3
+    )
     max_error: float = _knob(
         0.05, "share of errors accepted among the answered images", 3
     )
@@ -281,6 +348,13 @@ class Config:
     def folder(self, name: str) -> Path:
         """The path of the folder field `name`, below the base directory."""
         return self.base / Path(getattr(self, name))
+
+    @property
+    def log_level(self) -> int:
+        """Level for `logging`: --quiet leaves warnings and errors."""
+        if self.quiet:
+            return logging.WARNING
+        return logging.DEBUG if self.verbose else logging.INFO
 
     @property
     def host_url(self) -> str:
@@ -376,8 +450,18 @@ _AT_LEAST = {
     "inference_descriptions": 1,
     "seed": 0,
     "folds": 2,
+    "pool": 0,
+    "repeats": 0,
+    "permutations": 0,
 }
-_ABOVE_ZERO = ("item_timeout_s", "connect_timeout", "read_timeout", "load_timeout", "c")
+_ABOVE_ZERO = (
+    "item_timeout_s",
+    "connect_timeout",
+    "read_timeout",
+    "load_timeout",
+    "c",
+    "gamma",
+)
 _SHARES = ("generic_share", "max_error")
 
 

@@ -25,8 +25,8 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import urlsplit
@@ -55,6 +55,10 @@ class PipelineError(Exception):
 
 class RejectedError(PipelineError):
     """One item can't be used; the message is its reason. The run goes on without it."""
+
+
+class ModelChangedError(PipelineError):
+    """A model was replaced on the server while a run was using it."""
 
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -494,6 +498,7 @@ class VlmServer:
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery = asyncio.Lock()
         self._given_up_in_a_row = 0
+        self._n_features = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -537,8 +542,9 @@ class VlmServer:
                 await self._pull_or_explain(model, progress)
                 digests = await self._digests()
         await self._check_vision()
-        await self._load_vlm()
+        # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()
+        await self._load_vlm()
         loaded = (await self._client.ps()).models
         vlm = [m for m in loaded if _same_model(m.model or "", self._cfg.vlm)]
         size = sum(m.size or 0 for m in vlm)
@@ -561,7 +567,7 @@ class VlmServer:
             (self._cfg.embed_model, facts.embedder_digest),
         ):
             if _find(digests, model) != then:
-                raise PipelineError(
+                raise ModelChangedError(
                     f"model {model} was replaced on the server during the run; start "
                     "again: what the former model answered is kept apart"
                 )
@@ -656,6 +662,7 @@ class VlmServer:
                 f"model {model} gives embeddings that are no numbers: choose another "
                 "--embed-model"
             )
+        self._n_features = vectors[0].size
         return vectors[0]
 
     # -- the work --
@@ -719,9 +726,12 @@ class VlmServer:
         for start in range(0, len(texts), config.EMBED_CHUNK):
             chunk = texts[start : start + config.EMBED_CHUNK]
             try:
-                vectors += await self._call(partial(self._embed_once, chunk))
+                found = await self._call(partial(self._embed_once, chunk))
             except RejectedError:
-                vectors += [await self._embed_alone(text) for text in chunk]
+                found = [None] * len(chunk)
+            for text, vector in zip(chunk, found, strict=True):
+                again = vector is None
+                vectors.append(await self._embed_alone(text) if again else vector)
         return vectors
 
     async def _embed_alone(self, text: str) -> NDArray[np.float32] | None:
@@ -743,7 +753,11 @@ class VlmServer:
             raise ValueError(
                 f"{len(response.embeddings)} embeddings for {len(texts)} texts"
             )
-        return [_checked_vector(vector) for vector in response.embeddings]
+        vectors = [_checked_vector(vector) for vector in response.embeddings]
+        expected = self._n_features  # 0 until the preflight has probed the embedder
+        return [
+            v if v is not None and expected in (0, v.size) else None for v in vectors
+        ]
 
     # -- one call, and what can go wrong --
 
@@ -966,3 +980,131 @@ def pack_vector(vector: NDArray[np.float32]) -> str:
 def unpack_vector(text: str) -> NDArray[np.float32]:
     """The float32 vector of `pack_vector`."""
     return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+
+
+# --- Decisions ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Generic rows of the training images: what a known image lies close to."""
+
+    rows: NDArray[np.float32]
+    """(n_rows, n_dimensions), scaled and projected."""
+    owner: NDArray[np.int32]
+    """(n_rows,), the index in `names` of the image that a row describes."""
+    names: NDArray[np.str_]
+    """(n_images,), the labelled files."""
+    projection: NDArray[np.float32]
+    """(n_features, n_dimensions), or (0, 0) where rows are kept as they are."""
+
+    def project(self, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scaled rows, (k, n_features), in the space of `rows`."""
+        return scaled @ self.projection if self.projection.size else scaled
+
+    def distances(self, projected: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Euclidean distances of projected rows to `rows`, float64 (k, n_rows)."""
+        squares = np.einsum("ij,ij->i", projected, projected)[:, None] + self._squares
+        squares -= 2 * (projected @ self.rows.T)
+        return np.sqrt(np.maximum(squares, 0, dtype=np.float64))
+
+    def nearest(self, distances: NDArray[np.float64], count: int = 3) -> list[str]:
+        """Names of the training images whose rows lie closest on average."""
+        totals = np.bincount(self.owner, distances.mean(axis=0), len(self.names))
+        means = totals / np.maximum(np.bincount(self.owner, minlength=len(totals)), 1)
+        return [str(self.names[i]) for i in np.argsort(means, kind="stable")[:count]]
+
+    @cached_property
+    def _squares(self) -> NDArray[np.float32]:
+        return np.asarray(np.einsum("ij,ij->i", self.rows, self.rows))
+
+
+def load_neighbours(path: Path) -> Neighbours:
+    """Read what phase 3 wrote; arrays only, nothing is unpickled."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return Neighbours(
+            **{part.name: arrays[part.name] for part in fields(Neighbours)}
+        )
+
+
+def novelty(distances: NDArray[np.float64]) -> float:
+    """How far an image lies from the training images.
+
+    Parameters
+    ----------
+    distances : ndarray, (k, n_rows)
+        Of the image's k rows to training rows, the image's own rows left out: with
+        them, every known image would seem nearer than any new one can be.
+
+    Returns
+    -------
+    float
+        Mean over the k rows of the distance to the NEIGHBOUR_COUNT nearest. The mean
+        of the rows would hide a stranger: it lies near the centre of everything.
+    """
+    count = min(config.NEIGHBOUR_COUNT, distances.shape[1])
+    return float(np.partition(distances, count - 1, axis=1)[:, :count].mean())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What phase 4 says of one image."""
+
+    label: str
+    """The class, or INCONCLUSIVE."""
+    best_class: str
+    """The class of the largest confidence, also where the label is INCONCLUSIVE."""
+    confidences: dict[str, float]
+    novelty: float
+    reason: str
+    """Why the label is INCONCLUSIVE; empty where it is a class."""
+    nearest: list[str]
+    """Training images whose descriptions are most alike, the closest first."""
+
+
+def refusal(confidence: float, novelty: float, thresholds: Mapping[str, float]) -> str:
+    """Why an image should not be given a class; empty where it should."""
+    if novelty > thresholds["novelty"]:
+        limit = thresholds["novelty"]
+        return f"unlike every training image (distance {novelty:.1f} > {limit:.1f})"
+    if thresholds["confidence"] > 1:
+        return "no confidence of this model kept the errors within the accepted share"
+    if confidence < thresholds["confidence"]:
+        return f"confidence {confidence:.2f} is below {thresholds['confidence']:.2f}"
+    return ""
+
+
+def decide(
+    rows: NDArray[np.float32],
+    scaler: Any,
+    classifier: Any,
+    neighbours: Neighbours,
+    thresholds: Mapping[str, float],
+) -> Decision:
+    """Classify one image by the embeddings of its generic descriptions.
+
+    Parameters
+    ----------
+    rows : ndarray, float32 (k, n_features)
+        One embedding per description, not scaled.
+    scaler, classifier : scikit-learn estimators
+        What SCALER and CLASSIFIER hold.
+    neighbours : Neighbours
+        See `load_neighbours`.
+    thresholds : mapping
+        ``metricas.json["thresholds"]``: keys ``confidence`` and ``novelty``.
+    """
+    scaled = np.asarray(scaler.transform(rows), np.float32)
+    shares = classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
+    distances = neighbours.distances(neighbours.project(scaled))
+    classes = [str(name) for name in classifier.classes_]
+    best, far = int(np.argmax(shares)), novelty(distances)
+    reason = refusal(float(shares[best]), far, thresholds)
+    return Decision(
+        label=config.INCONCLUSIVE if reason else classes[best],
+        best_class=classes[best],
+        confidences={name: float(p) for name, p in zip(classes, shares, strict=True)},
+        novelty=far,
+        reason=reason,
+        nearest=neighbours.nearest(distances),
+    )
