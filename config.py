@@ -188,7 +188,7 @@ Fewer right answers than that may be luck.
 
 # --- Training -----------------------------------------------------------------------
 
-POOL_SIZES = (5, 10, 25, 50)
+POOL_SIZES = (2, 5, 10, 25, 50)
 """Rows of one image and kind averaged into a training vector, the first that fits."""
 
 TRAINING_VECTORS_MAX = 4000
@@ -397,7 +397,7 @@ def parse_config(
         With code 2 on an unknown flag or a bad value, 0 after ``--help``.
     """
     parser = argparse.ArgumentParser(
-        description=documentation.replace("%", "%%"),
+        description=documentation,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

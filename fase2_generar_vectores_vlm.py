@@ -846,7 +846,7 @@ def summary(folder: Path, manifest: dict[str, Any], rejections: Rejections) -> s
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: flags, logging, one line for what a user can mend."""
     cfg, _ = config.parse_config(2, __doc__ or "", argv)
-    logging.basicConfig(level=cfg.log_level, format="%(message)s")
+    utils.start_logging(log, cfg)
     return utils.exit_code(lambda: run(cfg), log.error)
 
 

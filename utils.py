@@ -10,8 +10,11 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import random
+import stat
+import struct
 import time
 import zlib
 from collections import Counter
@@ -25,20 +28,30 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+import imagecodecs
 import numpy as np
 import ollama
 import pydicom
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.pixels.processing import apply_modality_lut
+from pydicom.dataset import FileMetaDataset
+from pydicom.filereader import read_dataset
+from pydicom.pixels.processing import apply_modality_lut, convert_color_space
 from pydicom.pixels.utils import pixel_array
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 import config
 
@@ -104,6 +117,13 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         complain(f"error: {where}{error.strerror}: {remedy}")
     return EXIT_COULD_NOT_RUN
+
+
+def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
+    """Let a phase's own log speak on stderr, and keep those of the libraries silent."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.captureWarnings(True)
+    logger.setLevel(cfg.log_level)
 
 
 # --- Files --------------------------------------------------------------------------
@@ -184,40 +204,73 @@ def sha256_of(path: Path) -> str:
 # --- DICOM --------------------------------------------------------------------------
 
 
-def find_files(root: Path) -> Iterator[Path]:
+def find_files(
+    root: Path, skipped: Callable[[Path, str], object] | None = None
+) -> Iterator[Path]:
     """Regular files below `root` at any depth, in order of their names.
 
     Folders and files whose name starts with a dot are passed over, and so is anything
     that is no regular file (a FIFO would hang its reader). Links to files are followed,
     links to folders are not, so that no loop can catch the walk.
+
+    Parameters
+    ----------
+    root : Path
+        Where to start.
+    skipped : callable, optional
+        Told of every path that a user may miss, and why it was passed over.
     """
-    for folder, subfolders, names in os.walk(root):
+    tell = skipped or (lambda path, reason: None)
+
+    def unreadable(error: OSError) -> None:
+        tell(Path(error.filename), f"the folder can't be read: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in subfolders:
+            if os.path.islink(f"{folder}/{name}"):  # noqa: PTH114 - 10 times as fast
+                tell(Path(folder, name), "a link to a folder: links are not followed")
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            if name.startswith("."):
+                continue
+            if path.is_file():
                 yield path
+            else:
+                tell(path, "no regular file, or a link that leads nowhere")
 
 
 def read_dicom(path: Path) -> pydicom.Dataset:
-    """Read a DICOM file with its pixel data.
+    """Read a DICOM file with its pixel data, whatever its file meta group says.
+
+    The encoding is taken from the bytes where preamble, file meta group or transfer
+    syntax are missing or wrong.
 
     Raises
     ------
     RejectedError
         The file is no DICOM file, can't be read or holds no image.
     """
+    data, encoding = open_dicom(path, config.Config.max_image_mb)
+    stream = io.BytesIO(memoryview(data)[encoding.start :])
     try:
-        dataset = pydicom.dcmread(path, force=True)
+        dataset = read_dataset(stream, encoding.implicit, not encoding.big_endian)
     except Exception as error:  # pydicom raises whatever a broken header provokes
         raise RejectedError(f"can't be read as DICOM: {error}") from None
     if "PixelData" not in dataset:
         raise RejectedError("holds no image")
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = UID(encoding.transfer_syntax)
     return dataset
 
 
 def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
     """Decode the frame that stands for the image: the middle one of a multi-frame.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        As `read_dicom` returns it.
 
     Returns
     -------
@@ -230,10 +283,495 @@ def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
         No decoder could read the pixel data.
     """
     try:
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        return pixel_array(dataset, index=frames // 2)
+        layout = PixelLayout.of(dataset.get)
+        index = layout.frames // 2
+        if not dataset["PixelData"].is_undefined_length:
+            return pixel_array(dataset, index=index)
+        frames = compressed_frames(memoryview(dataset.PixelData), layout.frames)
+        stream = b"".join(frames[index])
+        layout = layout.decoded(stream)
+        pixels = decode_stream(stream, layout)
+    except RejectedError:
+        raise
     except Exception as error:  # each decoder raises errors of its own
         raise RejectedError(f"the pixel data can't be decoded: {error}") from None
+    if layout.photometric.startswith("YBR_FULL"):
+        return convert_color_space(pixels, "YBR_FULL", "RGB")
+    return pixels
+
+
+# Reading: PS3.10 7.1 (preamble, file meta group), PS3.5 7.1 (elements) and 10 (syntax).
+
+Buffer = bytes | bytearray | memoryview
+
+_UNDEFINED = 0xFFFFFFFF
+_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+
+LONG_VRS = frozenset("OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+"""Value representations whose explicit length has 32 bits (PS3.5 table 7.1-1)."""
+
+SHORT_VRS = frozenset(
+    "AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
+)
+"""Value representations whose explicit length has 16 bits (PS3.5 table 7.1-2)."""
+
+_OTHER_KINDS = {
+    b"%PDF": "a PDF document",
+    b"PK": "a ZIP archive or an office document",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"\x1f\x8b": "a gzip archive",
+    b"GIF8": "a GIF picture",
+    b"<": "an XML or HTML document",
+}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the elements of a dataset stand in its bytes."""
+
+    start: int
+    """Offset of the dataset's first element."""
+    implicit: bool
+    big_endian: bool
+    transfer_syntax: str
+    """UID: as the file meta group says, or as the bytes say where that can't be."""
+    meta: Mapping[int, bytes]
+    """Elements of the file meta group: tag -> value."""
+    notes: tuple[str, ...] = ()
+    """What was wrong with the file meta group."""
+
+
+def open_dicom(path: Path, limit_mb: int) -> tuple[Buffer, Encoding]:
+    """Read a file whole and find out how its dataset is encoded.
+
+    Parameters
+    ----------
+    path : Path
+        A regular file; anything else is refused without being opened for long.
+    limit_mb : int
+        Refuse files that are, or inflate to, more than this and 64 megabytes of header.
+
+    Returns
+    -------
+    (bytes-like, Encoding)
+        The file's bytes, or the inflated dataset of a deflated file.
+
+    Raises
+    ------
+    RejectedError
+        No DICOM file, too large, or changed while it was read.
+    OSError
+        The file can't be read.
+    """
+    limit = (limit_mb + 64) << 20
+    data = _read_whole(path, limit)
+    return _open_dataset(data, limit)
+
+
+def _read_whole(path: Path, limit: int) -> bytearray:
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(os.open(path, flags), "rb", buffering=0) as file:  # noqa: PTH123
+        before = os.fstat(file.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise RejectedError("no regular file")
+        head = file.read(min(before.st_size, 4096))
+        _dataset_start(head)
+        if before.st_size > limit:
+            raise RejectedError(f"larger than {limit >> 20} MB (--max-image-mb)")
+        data = bytearray(before.st_size)
+        data[: len(head)] = head
+        done = len(head)
+        while done < len(data) and (count := file.readinto(memoryview(data)[done:])):
+            done += count
+        after = os.fstat(file.fileno())
+    unchanged = (before.st_size, before.st_mtime_ns) == (
+        after.st_size,
+        after.st_mtime_ns,
+    )
+    if done < len(data) or not unchanged:
+        raise OSError(errno.EAGAIN, "changed while it was read", str(path))
+    return data
+
+
+def _dataset_start(data: Buffer) -> int:
+    """Offset of the first element, or RejectedError where there can't be one."""
+    if not data:
+        raise RejectedError("is empty")
+    if data[128:132] == b"DICM":
+        return 132
+    group, element = struct.unpack_from("<HH", data) if len(data) >= 8 else (0, 0)
+    big = group in (0x0200, 0x0400, 0x0800)
+    if group in (2, 4, 8) or big:
+        vr = bytes(data[4:6]).decode("latin-1")
+        (length,) = struct.unpack_from(">L" if big else "<L", data, 4)
+        if vr in LONG_VRS | SHORT_VRS or (element < 0x2000 and length <= 1024):
+            return 0
+    for magic, kind in _OTHER_KINDS.items():
+        if bytes(data[: len(magic)]) == magic:
+            raise RejectedError(f"is no DICOM file but {kind}")
+    raise RejectedError("is no DICOM file")
+
+
+def _open_dataset(data: Buffer, limit: int) -> tuple[Buffer, Encoding]:
+    start, meta = _file_meta(data, _dataset_start(data))
+    named = meta.get(0x00020010, b"").decode("latin-1").strip("\0 ")
+    notes = () if meta else ("had no file meta group",)
+    if named == DeflatedExplicitVRLittleEndian and not _looks_explicit(data, start):
+        data, start = _inflate(data[start:], limit), 0
+    implicit, big_endian = _guess_encoding(data, start)
+    native = {
+        (True, False): ImplicitVRLittleEndian,
+        (False, True): ExplicitVRBigEndian,
+    }.get((implicit, big_endian), ExplicitVRLittleEndian)
+    uid = UID(named)
+    if not named:
+        notes = notes or ("had no transfer syntax",)
+        uid = native
+    elif uid.is_transfer_syntax and (uid.is_implicit_VR, not uid.is_little_endian) != (
+        implicit,
+        big_endian,
+    ):
+        notes = (f"said {uid.name}, is {native.name}",)
+        uid = native
+    return data, Encoding(start, implicit, big_endian, str(uid), meta, notes)
+
+
+def _file_meta(data: Buffer, at: int) -> tuple[int, dict[int, bytes]]:
+    """End of the file meta group, and its elements; its group length isn't trusted."""
+    meta: dict[int, bytes] = {}
+    while bytes(data[at : at + 2]) == b"\2\0" and at + 8 <= len(data):
+        (element,) = struct.unpack_from("<H", data, at + 2)
+        vr = bytes(data[at + 4 : at + 6]).decode("latin-1")
+        if vr in SHORT_VRS:
+            (length,), at = struct.unpack_from("<H", data, at + 6), at + 8
+        elif vr in LONG_VRS and at + 12 <= len(data):
+            (length,), at = struct.unpack_from("<L", data, at + 8), at + 12
+        else:
+            (length,), at = struct.unpack_from("<L", data, at + 4), at + 8
+        meta[0x00020000 + element] = bytes(data[at : at + length])
+        at += length
+    return at, meta
+
+
+def _looks_explicit(data: Buffer, at: int) -> bool:
+    return bytes(data[at + 4 : at + 6]).decode("latin-1") in LONG_VRS | SHORT_VRS
+
+
+def _guess_encoding(data: Buffer, at: int) -> tuple[bool, bool]:
+    """(implicit, big endian): the first group of a dataset is a small number."""
+    if at + 8 > len(data):
+        raise RejectedError("is truncated: there is nothing after the file meta group")
+    (little,), (big,) = (
+        struct.unpack_from("<H", data, at),
+        struct.unpack_from(">H", data, at),
+    )
+    return not _looks_explicit(data, at), big < little
+
+
+def _inflate(data: Buffer, limit: int) -> bytes:
+    """Inflate a deflated dataset (PS3.5 A.5), never into more than `limit` bytes."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = inflater.decompress(data, limit)
+    except zlib.error as error:
+        raise RejectedError(f"the deflated dataset is damaged: {error}") from None
+    if inflater.unconsumed_tail:
+        raise RejectedError(f"inflates to more than {limit >> 20} MB (--max-image-mb)")
+    if not inflater.eof:
+        raise RejectedError("is truncated: the deflated dataset does not end")
+    return inflated
+
+
+# Decoding: PS3.5 8.2 and A.4. imagecodecs decodes every syntax and releases the GIL; it
+# says nothing of a stream that ends early, so that is checked here.
+
+
+@dataclass(frozen=True)
+class PixelLayout:
+    """The image pixel attributes that say how samples lie in the pixel data."""
+
+    rows: int
+    columns: int
+    samples: int
+    frames: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    photometric: str
+
+    @classmethod
+    def of(cls, get: Callable[[str], Any]) -> Self:
+        """Read the attributes with `get(keyword)`; a missing one has its usual value.
+
+        Raises
+        ------
+        RejectedError
+            There are no pixels by these attributes, or they can't be meant.
+        """
+        try:
+            allocated = int(get("BitsAllocated") or 0)
+            layout = cls(
+                rows=int(get("Rows") or 0),
+                columns=int(get("Columns") or 0),
+                samples=int(get("SamplesPerPixel") or 1),
+                frames=int(get("NumberOfFrames") or 1),
+                bits_allocated=allocated,
+                bits_stored=int(get("BitsStored") or allocated),
+                signed=get("PixelRepresentation") == 1,
+                photometric=str(get("PhotometricInterpretation") or "MONOCHROME2"),
+            )
+        except (TypeError, ValueError) as error:
+            raise RejectedError(f"its pixel attributes are damaged: {error}") from None
+        if min(layout.rows, layout.columns, layout.samples, layout.frames) < 1:
+            raise RejectedError("holds no image: rows, columns or frames are missing")
+        if layout.bits_allocated != 1 and layout.bits_allocated not in range(2, 65):
+            raise RejectedError(
+                f"says {allocated} bits allocated: no pixel is like that"
+            )
+        return layout
+
+    @property
+    def frame_bits(self) -> int:
+        """Size of one decoded frame; 4:2:2 has two samples per pixel (C.7.6.3.1.2)."""
+        samples = 2 if self.photometric == "YBR_FULL_422" else self.samples
+        return self.rows * self.columns * samples * self.bits_allocated
+
+    @property
+    def size(self) -> int:
+        """Bytes of all decoded frames."""
+        return (self.frames * self.frame_bits + 7) // 8
+
+    def decoded(self, stream: Buffer) -> Self:
+        """The layout that pixels decoded from `stream` have."""
+        facts = _stream_facts(stream, self)
+        changes: dict[str, Any] = {}
+        if facts.codec in ("JPEG-LS", "JPEG 2000", "HTJ2K"):
+            changes["bits_stored"] = max(self.bits_stored, facts.precision)
+        if facts.precision > self.bits_allocated or self.bits_allocated % 8:
+            changes["bits_allocated"] = 8 if facts.precision <= 8 else 16
+            changes["bits_stored"] = facts.precision
+        if facts.becomes_rgb:
+            changes["photometric"] = "RGB"
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class _StreamFacts:
+    """What a codestream's own header says."""
+
+    codec: str
+    rows: int
+    columns: int
+    samples: int
+    precision: int
+    ids: bytes = b""
+    jfif: bool = False
+    becomes_rgb: bool = False
+
+
+def compressed_frames(value: memoryview, frames: int) -> list[list[memoryview]]:
+    """Split encapsulated pixel data (PS3.5 A.4) into the fragments of each frame.
+
+    Raises
+    ------
+    RejectedError
+        A fragment reaches beyond the data, or fragments and frames don't match.
+    """
+    table, *fragments = _fragments(value)
+    if frames == 1 and fragments:
+        return [[data for _, data in fragments]]
+    if len(fragments) == frames:
+        return [[data] for _, data in fragments]
+    starts = set(struct.unpack(f"<{len(table[1]) // 4}L", table[1]))
+    if len(starts) != frames:
+        opening = (b"\xff\xd8\xff", b"\xff\x4f\xff")
+        starts = {at for at, data in fragments if bytes(data[:3]) in opening}
+    if len(starts) != frames:
+        raise RejectedError(f"has {len(fragments)} fragments for {frames} frames")
+    grouped: list[list[memoryview]] = []
+    for at, data in fragments:
+        if at in starts:
+            grouped.append([])
+        if grouped:
+            grouped[-1].append(data)
+    return grouped
+
+
+def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
+    """Offset table and fragments, with offsets counted as the table counts them."""
+    items: list[tuple[int, memoryview]] = []
+    at = first = 0
+    while at + 8 <= len(value):
+        group, element, length = struct.unpack_from("<HHL", value, at)
+        if (group << 16) + element != _ITEM:
+            break
+        if at + 8 + length > len(value):
+            raise RejectedError(
+                "is truncated: a fragment reaches beyond the pixel data"
+            )
+        items.append((at - first, value[at + 8 : at + 8 + length]))
+        at += 8 + length
+        first = first or at
+    if len(items) < 2:
+        raise RejectedError("the compressed pixel data is empty")
+    return items
+
+
+def decode_stream(stream: bytes, layout: PixelLayout) -> NDArray[Any]:
+    """Decode one compressed frame.
+
+    Parameters
+    ----------
+    stream : bytes
+        The codestream; its markers, not the transfer syntax, say which codec it needs.
+    layout : PixelLayout
+        What `PixelLayout.decoded` makes of this stream.
+
+    Returns
+    -------
+    ndarray, (rows, columns) or (rows, columns, samples)
+        Little endian, as wide as bits_allocated; masked or sign-extended from the
+        stream's own precision.
+
+    Raises
+    ------
+    RejectedError
+        The stream ends early or contradicts the header.
+    Exception
+        Whatever the decoder raises on a damaged stream.
+    """
+    facts = _stream_facts(stream, layout)
+    shape = (layout.rows, layout.columns, layout.samples)
+    if (facts.rows, facts.columns, facts.samples) != shape:
+        raise RejectedError(
+            f"the {facts.codec} stream is {facts.columns}×{facts.rows}×{facts.samples},"
+            f" the header says {layout.columns}×{layout.rows}×{layout.samples}"
+        )
+    pixels = _DECODERS[facts.codec](stream, facts, layout)
+    if pixels.shape == (shape[2], *shape[:2]):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if layout.samples == 1:
+        shape = shape[:2]
+    return _container(pixels.reshape(shape), facts.precision, layout)
+
+
+def _container(
+    pixels: NDArray[Any], precision: int, layout: PixelLayout
+) -> NDArray[Any]:
+    """Mask or sign-extend to the stream's precision, then widen to bits_allocated."""
+    unsigned = pixels.view(f"u{pixels.itemsize}")
+    spare = 8 * pixels.itemsize - precision
+    if layout.signed:
+        pixels = unsigned.view(f"i{pixels.itemsize}")
+        if spare:
+            pixels = pixels << spare >> spare
+    else:
+        pixels = unsigned & ((1 << precision) - 1) if spare else unsigned
+    kind = "i" if layout.signed else "u"
+    return pixels.astype(f"<{kind}{layout.bits_allocated // 8}", copy=False)
+
+
+def _decode_jpeg(
+    stream: bytes, facts: _StreamFacts, layout: PixelLayout
+) -> NDArray[Any]:
+    if layout.samples == 1:
+        return np.asarray(imagecodecs.jpeg8_decode(stream))
+    space = "YCBCR" if facts.becomes_rgb else "RGB"
+    return np.asarray(
+        imagecodecs.jpeg8_decode(stream, colorspace=space, outcolorspace="RGB")
+    )
+
+
+def _decode_rle(
+    stream: bytes, facts: _StreamFacts, layout: PixelLayout
+) -> NDArray[Any]:
+    dtype = f"<u{layout.bits_allocated // 8}"
+    decoded = imagecodecs.dicomrle_decode(stream, dtype)
+    if len(decoded) != layout.frame_bits // 8:
+        raise RejectedError("is truncated: the RLE segments are too short or too long")
+    return np.frombuffer(decoded, dtype).reshape(
+        facts.samples, facts.rows, facts.columns
+    )
+
+
+_DECODERS: dict[str, Callable[[bytes, _StreamFacts, PixelLayout], NDArray[Any]]] = {
+    "JPEG": _decode_jpeg,
+    "JPEG Lossless": _decode_jpeg,
+    "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),
+    "JPEG 2000": lambda stream, *_: np.asarray(imagecodecs.jpeg2k_decode(stream)),
+    "HTJ2K": lambda stream, *_: np.asarray(imagecodecs.htj2k_decode(stream)),
+    "RLE": _decode_rle,
+}
+
+
+def _stream_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
+    """Read a codestream's header; RLE (PS3.5 annex G) has none of these facts."""
+    start = bytes(stream[:12])
+    if start.startswith(b"\xff\xd8"):
+        _check_end(stream)
+        return _jpeg_facts(stream, layout)
+    if start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
+        _check_end(stream)
+        return _j2k_facts(stream, layout)
+    if not 1 <= start[0] <= 15 or start[1:4] != b"\0\0\0" or layout.bits_allocated % 8:
+        raise RejectedError(f"no codestream of a known kind: starts with {start.hex()}")
+    return _StreamFacts(
+        "RLE", layout.rows, layout.columns, layout.samples, layout.bits_allocated
+    )
+
+
+def _check_end(stream: Buffer) -> None:
+    """JPEG, JPEG-LS and JPEG 2000 streams end with FFD9; some writers pad them."""
+    if b"\xff\xd9" not in bytes(stream[-256:]):
+        raise RejectedError("is truncated: the codestream has no end marker")
+
+
+def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
+    """The frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2)."""
+    at, jfif = 2, False
+    while at + 10 <= len(stream):
+        marker, length = struct.unpack_from(">HH", stream, at)
+        if marker == 0xFFE0 and bytes(stream[at + 4 : at + 8]) == b"JFIF":
+            jfif = True
+        if marker == 0xFFF7 or marker in _FRAME_MARKERS:
+            break
+        if marker == 0xFFDA or marker < 0xFFC0:
+            raise RejectedError("the JPEG stream has no frame header")
+        at += 1 if marker == 0xFFFF else 2 + length
+    else:
+        raise RejectedError("the JPEG stream has no frame header")
+    precision, rows, columns, samples = struct.unpack_from(">BHHB", stream, at + 4)
+    ids = bytes(stream[at + 10 : at + 10 + 3 * samples : 3])
+    lossless = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}
+    codec = lossless.get(marker, "JPEG")
+    in_ybr = "YBR" in layout.photometric or jfif
+    rgb = codec == "JPEG" and samples == 3 and in_ybr and ids not in (b"RGB", b"rgb")
+    return _StreamFacts(codec, rows, columns, samples, precision, ids, jfif, rgb)
+
+
+_FRAME_MARKERS = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
+
+
+def _j2k_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
+    """The SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
+    at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
+    if at < 0 or at + 44 > len(stream):
+        raise RejectedError("the JPEG 2000 stream has no SIZ segment")
+    capabilities, right, bottom, left, top = struct.unpack_from(
+        ">HLLLL", stream, at + 6
+    )
+    samples, depth = struct.unpack_from(">HB", stream, at + 40)
+    return _StreamFacts(
+        codec="HTJ2K" if capabilities & 0x4000 else "JPEG 2000",
+        rows=bottom - top,
+        columns=right - left,
+        samples=samples,
+        precision=(depth & 0x7F) + 1,
+        becomes_rgb=layout.photometric in ("YBR_RCT", "YBR_ICT"),
+    )
 
 
 @dataclass(frozen=True)
@@ -437,17 +975,25 @@ class ServerFacts:
     """Today's embedding of PROBE_SENTENCE, (n_features,)."""
 
 
-def conditions(cfg: config.Config, facts: ServerFacts) -> dict[str, Any]:
-    """All that makes one run's vectors comparable with another's, for the manifests."""
+def conditions(cfg: config.Config, facts: ServerFacts | None) -> dict[str, Any]:
+    """All that makes one run's vectors comparable with another's, for the manifests.
+
+    Without facts of the server: what the command line alone decides.
+    """
     generic = len(config.GENERIC_PROMPTS)
-    return {
+    chosen = {
         "vlm": cfg.vlm,
-        "vlm_digest": facts.vlm_digest,
         "embedder": cfg.embed_model,
-        "embedder_digest": facts.embedder_digest,
         "options": vlm_options(cfg),
         "preparation": preparation(),
         "generic_prompts": [q.prompt for q in questions("generic", generic)],
+    }
+    if facts is None:
+        return chosen
+    return {
+        **chosen,
+        "vlm_digest": facts.vlm_digest,
+        "embedder_digest": facts.embedder_digest,
     }
 
 
@@ -963,7 +1509,7 @@ def _find(digests: Mapping[str, str], model: str) -> str:
 
 def _short(error: object) -> str:
     """An error in at most 200 characters of one line; the server nests JSON in JSON."""
-    text = str(error) or type(error).__name__
+    text = str(getattr(error, "error", error)) or type(error).__name__
     try:
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)

@@ -38,11 +38,12 @@ import struct
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, fields
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -161,18 +162,24 @@ class Settings:
     def sleep_scale(self) -> float:
         return 0.0 if self.time_model == "instant" else self.time_scale
 
-    def change(self, values: Json) -> None:
-        known = {f.name for f in fields(self)}
-        if unknown := set(values) - known:
+    def changed(self, values: Json) -> Settings:
+        """A copy with other values; ValueError if one makes no sense."""
+        if unknown := set(values) - {f.name for f in fields(self)}:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        for name, value in values.items():
-            setattr(self, name, value)
-        self.script = [Rule.of(item) for item in self.script]
-        self.models = tuple(map(short_name, self.models))
-        self.pullable = tuple(map(short_name, self.pullable))
-        for name in [*self.faults, *(rule.fault for rule in self.script)]:
+        new = replace(self, **values)
+        new.script = [Rule.of(item) for item in new.script]
+        new.models = tuple(map(short_name, new.models))
+        new.pullable = tuple(map(short_name, new.pullable))
+        if new.era not in VERSIONS or new.time_model not in PACES:
+            raise ValueError(f"unknown era or time model: {new.era}, {new.time_model}")
+        for name in [*new.faults, *(rule.fault for rule in new.script)]:
             if name not in FAULTS:
                 raise ValueError(f"unknown fault {name!r}; known: {sorted(FAULTS)}")
+        return new
+
+    def change(self, values: Json) -> None:
+        """Change in place, all or nothing: runners and slots hold this object."""
+        vars(self).update(vars(self.changed(values)))
 
 
 # ---------------------------------------------------------------- counters ---
@@ -199,6 +206,13 @@ class Counters:
         self.slot_busy_s = 0.0
         self.model_s = 0.0
         self._since = self.started
+
+    def restarted(self) -> Counters:
+        """New counters that know what is still under way."""
+        new = Counters()
+        new.inference(self.in_flight)
+        new.slots_changed(self.slots_busy)
+        return new
 
     def slots_changed(self, by: int) -> None:
         now = time.monotonic()
@@ -342,7 +356,7 @@ class HttpError(Exception):
         self.message = message
 
 
-class CutOff(Exception):
+class CutOffError(Exception):
     """The connection must end now, with the answer unfinished."""
 
     def __init__(self, reset: bool) -> None:
@@ -620,13 +634,20 @@ class Sight:
         return self.lines[0] if self.lines else Line(0, 0, "vertical")
 
 
+class NoImageError(ValueError):
+    """These bytes are no picture that can be read."""
+
+
 def decode(data: bytes) -> Floats:
     """Grey levels of a picture, at most 336 on the long side."""
-    with Image.open(io.BytesIO(data)) as image:
-        grey = image.convert("L")
-        if max(grey.size) > 336:
-            grey.thumbnail((336, 336), Image.Resampling.BOX)
-        return np.asarray(grey, np.float32)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            grey = image.convert("L")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise NoImageError(str(error)) from error
+    if max(grey.size) > 336:
+        grey.thumbnail((336, 336), Image.Resampling.BOX)
+    return np.asarray(grey, np.float32)
 
 
 def without_padding(image: Floats) -> tuple[Floats, float]:
@@ -645,14 +666,11 @@ def without_padding(image: Floats) -> tuple[Floats, float]:
 
 def blur(image: Floats, radius: int) -> Floats:
     """Mean over a square window, edges repeated."""
-    for axis in (0, 1):
-        pad = [(0, 0), (0, 0)]
-        pad[axis] = (radius + 1, radius)
-        sums = np.cumsum(np.pad(image, pad, "edge"), axis=axis, dtype=np.float64)
-        size = 2 * radius + 1
-        high = np.take(sums, range(size, sums.shape[axis]), axis=axis)
-        low = np.take(sums, range(sums.shape[axis] - size), axis=axis)
-        image = ((high - low) / size).astype(np.float32)
+    size = 2 * radius + 1
+    for _ in range(2):
+        padded = np.pad(image, ((radius + 1, radius), (0, 0)), "edge")
+        sums = np.cumsum(padded, axis=0, dtype=np.float64)
+        image = ((sums[size:] - sums[:-size]) / size).astype(np.float32).T
     return image
 
 
@@ -672,7 +690,7 @@ class Edges:
 def find_edges(image: Floats) -> Edges:
     """Points whose gradient stands out of the noise and of both its neighbours."""
     smooth = blur(blur(image, 1), 1)
-    gy, gx = np.gradient(smooth)
+    gy, gx = (np.asarray(slope, np.float32) for slope in np.gradient(smooth))
     size = np.hypot(gx, gy)
     floor = max(5.5 * float(np.median(size)), 2.5)
     middle = size[1:-1, 1:-1]
@@ -724,7 +742,7 @@ def find_lines(edges: Edges, at_most: int = 6) -> tuple[Line, ...]:
 def as_line(x: Floats, y: Floats, side: int) -> Line:
     """The line through the points: its direction is that of their largest spread."""
     points = np.stack([x - x.mean(), y - y.mean()])
-    values, vectors = np.linalg.eigh(points @ points.T)
+    _, vectors = np.linalg.eigh(points @ points.T)
     turn = math.degrees(math.atan2(vectors[1, 1], vectors[0, 1])) % 180
     tilt = abs((turn + 45) % 90 - 45)
     axis = "vertical" if 45 < turn < 135 else "horizontal"
@@ -792,7 +810,8 @@ def find_spots(image: Floats) -> NDArray[np.float64]:
     inner[4:-4, 4:-4] = True
     y, x = np.nonzero((size >= peak) & (size > floor) & inner)
     keep = is_compact(band, y, x)
-    return np.stack([y[keep], x[keep]], axis=1) * 2 / max(image.shape)
+    centres = np.stack([y[keep], x[keep]], axis=1) * 2 / max(image.shape)
+    return np.asarray(centres, np.float64)
 
 
 def is_compact(
@@ -808,36 +827,37 @@ def is_compact(
     return np.asarray(product > 0.14 * (xx + yy) ** 2)
 
 
-def find_bars(image: Floats) -> tuple[float, float]:
-    """Share of the picture with parallel bars, and their period in pixels."""
+def find_bars(image: Floats) -> float:
+    """Share of the picture that parallel bars cover."""
     if min(image.shape) < 48:
-        return 0.0, 0.0
+        return 0.0
     high = image - blur(image, 8)
     windows = np.lib.stride_tricks.sliding_window_view(high, (32, 32))[::12, ::12]
     tiles = windows.reshape(-1, 32, 32)
-    deviation = tiles.std(axis=(1, 2))
-    noise = 1.4826 * float(np.median(np.abs(image - blur(image, 1))))
-    tiles = tiles[deviation > max(3 * noise, 6.0)]
+    rich = tiles.std(axis=(1, 2)) > max(3 * grain(image), 6.0)
+    return float((periodicity(tiles[rich]) > 0.3).sum()) / len(tiles)
+
+
+def periodicity(tiles: Floats) -> Floats:
+    """Share of each tile's power in its strongest wave of 3 or more periods."""
     if len(tiles) == 0:
-        return 0.0, 0.0
+        return np.zeros(0, np.float32)
     taper = np.hanning(32).astype(np.float32)
     power = np.abs(np.fft.rfft2(tiles * taper * taper[:, None])) ** 2
-    fy = np.fft.fftfreq(32)[:, None] * 32
-    radius = np.hypot(fy, np.arange(17))
     power[:, :, 0] /= 2
-    low = power[:, radius < 3.2].sum(axis=1)
-    band = np.where(radius >= 3.2, power, 0).reshape(len(tiles), -1)
-    best = band.argmax(axis=1)
-    ring = radius.ravel()[best]
-    near = np.hypot(
-        (fy.ravel()[best // 17][:, None, None] - fy + 16) % 32 - 16,
-        (best % 17)[:, None, None] - np.arange(17),
-    )
-    share = (power * (near < 2)).sum(axis=(1, 2)) / (low + band.sum(axis=1) + 1e-9)
-    barred = share > 0.3
-    if not barred.any():
-        return 0.0, 0.0
-    return float(barred.sum()) / len(deviation), float(np.median(32 / ring[barred]))
+    down, across = np.fft.fftfreq(32)[:, None] * 32, np.arange(17)
+    waves = np.where(np.hypot(down, across) >= 3.2, power, 0).reshape(len(tiles), -1)
+    best = waves.argmax(axis=1)[:, None, None]
+    # Distance in frequency from the strongest wave, around the corner of the FFT.
+    off = (best // 17 - np.arange(32)[:, None] + 16) % 32 - 16
+    near = np.hypot(off, best % 17 - across) < 2
+    share = (power * near).sum(axis=(1, 2)) / (power.sum(axis=(1, 2)) + 1e-9)
+    return np.asarray(share, np.float32)
+
+
+def grain(image: Floats) -> float:
+    """Standard deviation of the pixel noise, robust against structure."""
+    return 1.4826 * float(np.median(np.abs(image - blur(image, 1))))
 
 
 def zone_means(image: Floats) -> Floats:
@@ -912,7 +932,7 @@ def look(data: bytes) -> Sight:
     return Sight(
         mean=float(image.mean()),
         spread=float(image.std()),
-        noise=1.4826 * float(np.median(np.abs(image - blur(image, 1)))),
+        noise=grain(image),
         unevenness=float(np.ptp(np.percentile(coarse, [5, 95]))),
         two_tone=two_tone,
         dark_share=dark_share,
@@ -1098,7 +1118,7 @@ def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) ->
 
     def lot(strength: float, key: str) -> float:
         # Weighted draw: weak remarks win now and then, strong ones get lost.
-        weight = strength * (2.5 if key.split()[0] in aspects else 1)
+        weight = strength * (2.5 if key.partition(" ")[0] in aspects else 1)
         return float(dice.random() ** (1 / (weight**2 + 1e-4)))
 
     lots = {key: lot(strength, key) for key, strength in strengths(sight).items()}
@@ -1119,9 +1139,13 @@ def dice_for(image: str, prompt: str, seed: int, temperature: float) -> random.R
 # ---------------------------------------------------------------- embedder ---
 
 DULL = frozenset(
-    "a an the is are of and or in on at to with it that this there what i can see"
-    " out one image picture shows contains stands notices".split()
+    re.findall(
+        r"\w+",
+        "a an the is are of and or in on at to with it that this there what i can see"
+        " out one image picture shows contains stands clearly visible notices",
+    )
 )
+"""Words that carry little; they weigh a fifth."""
 
 
 @lru_cache(maxsize=65536)
@@ -1138,7 +1162,7 @@ def embed(text: str, dims: int) -> list[float]:
     for word in words:
         place, sign = term_place(word)
         vector[place % dims] += sign * (0.2 if word in DULL else 1.0)
-    for pair in zip(words, words[1:], strict=False):
+    for pair in pairwise(words):
         place, sign = term_place(" ".join(pair))
         vector[place % dims] += sign * 0.5
     vector /= float(np.linalg.norm(vector)) or 1.0
@@ -1582,6 +1606,8 @@ class Server:
     # -- connections
 
     async def listen(self) -> None:
+        if self.listener and self.listener.is_serving():
+            return
         self.listener = await asyncio.start_server(
             self._connection, "127.0.0.1", self.port, backlog=1024
         )
@@ -1638,7 +1664,7 @@ class Server:
             for task in (work, gone):
                 task.cancel()
             results = await asyncio.gather(work, gone, return_exceptions=True)
-        if isinstance(results[0], CutOff):
+        if isinstance(results[0], CutOffError):
             wire.abort(results[0].reset)
         elif isinstance(results[0], Exception) and not isinstance(
             results[0], ConnectionError
@@ -1655,6 +1681,12 @@ class Server:
             await self._route(wire, request, path)
         except HttpError as error:
             await self._fail(wire, error)
+        except (CutOffError, ConnectionError):
+            raise
+        except Exception as error:
+            # A mistake of the stand-in must not look like one of its faults.
+            await self._fail(wire, HttpError(500, f"fake_ollama broke: {error!r}"))
+            raise
         finally:
             self.counters.inference(-inference)
 
@@ -1708,16 +1740,17 @@ class Server:
             await self._embeddings(wire, path, body, fault)
 
     async def _stream(
-        self, wire: Wire, body: Json, records: AsyncIterator[Json], fault: str
+        self, wire: Wire, body: Json, records: AsyncGenerator[Json, None], fault: str
     ) -> bool:
         """Send the records one by one, or joined to one; whether all were sent."""
         if body.get("stream", True):
             count = 0
-            async for record in records:
-                await wire.line(record)
-                count += 1
-                if fault in ("cut", "reset") and count == 2:
-                    raise CutOff(fault == "reset")
+            async with aclosing(records):
+                async for record in records:
+                    await wire.line(record)
+                    count += 1
+                    if fault in ("cut", "reset") and count == 2:
+                        raise CutOffError(fault == "reset")
             await wire.end()
             self.counters.statuses["200"] += 1
             return True
@@ -1733,7 +1766,7 @@ class Server:
             wire.writer.write(plain.body[: len(plain.body) // 2])
             await wire.writer.drain()
             await asyncio.sleep(0.01)  # or a reset overtakes the half body
-            raise CutOff(fault == "reset")
+            raise CutOffError(fault == "reset")
 
     # -- faults that need no answer
 
@@ -1756,7 +1789,7 @@ class Server:
         elif fault.name == "slow":
             await asyncio.sleep(seconds)
         elif fault.name == "drop":
-            raise CutOff(reset=False)
+            raise CutOffError(reset=False)
         elif fault.name == "refuse":
             self.refuse(seconds)
         elif fault.name == "digest":
@@ -1829,7 +1862,7 @@ class Server:
         self.scheduler.expire()
         return [as_running(runner) for runner in self.scheduler.runners.values()]
 
-    async def pull(self, body: Json) -> AsyncIterator[Json]:
+    async def pull(self, body: Json) -> AsyncGenerator[Json, None]:
         name = short_name(str(body.get("model") or body.get("name") or ""))
         yield {"status": "pulling manifest"}
         known = name in self.settings.models
@@ -1853,7 +1886,7 @@ class Server:
         """Change settings; `reset_stats`, `refuse_s` and `unload` act at once."""
         values = dict(values)
         if values.pop("reset_stats", False):
-            self.counters = Counters()
+            self.counters = self.counters.restarted()
         if seconds := values.pop("refuse_s", 0):
             asyncio.get_running_loop().call_later(0.02, self.refuse, float(seconds))
         if values.pop("unload", False):
@@ -1890,7 +1923,7 @@ class Server:
         options = checked_options(body)
         return Question(path, model, body, options, text, before, images, first, fault)
 
-    async def infer(self, question: Question) -> AsyncIterator[Json]:
+    async def infer(self, question: Question) -> AsyncGenerator[Json, None]:
         """Records of one answer: pieces of text, then the closing one."""
         keep = keep_seconds(question.body.get("keep_alive"))
         options = runner_options(question.model, question.body, question.options)
@@ -1904,8 +1937,9 @@ class Server:
             queued = time.monotonic()
             async with runner.gate:
                 costs.wait_s = self._model_seconds(time.monotonic() - queued)
-                async for record in self._in_slot(question, runner, costs):
-                    yield record
+                async with aclosing(self._in_slot(question, runner, costs)) as said:
+                    async for record in said:
+                        yield record
 
     def _model_seconds(self, seconds: float) -> float:
         scale = self.settings.sleep_scale
@@ -1913,7 +1947,7 @@ class Server:
 
     async def _in_slot(
         self, question: Question, runner: Runner, costs: Costs
-    ) -> AsyncIterator[Json]:
+    ) -> AsyncGenerator[Json, None]:
         sights = [await self.sight(data) for data in question.images]
         if sights and not question.model.vision:
             raise nested(400, NO_VISION)
@@ -1923,8 +1957,10 @@ class Server:
         self.counters.slots_changed(+1)
         try:
             await self._prefill(question, runner, slot, restored, costs)
-            async for record in self._speak(question, runner, slot, sights, costs):
-                yield record
+            words = self._speak(question, runner, slot, sights, costs)
+            async with aclosing(words):
+                async for record in words:
+                    yield record
         finally:
             slot.busy = False
             self.counters.slots_changed(-1)
@@ -1966,7 +2002,7 @@ class Server:
         slot: Slot,
         sights: list[Sight],
         costs: Costs,
-    ) -> AsyncIterator[Json]:
+    ) -> AsyncGenerator[Json, None]:
         limit = question.limit(runner.options["num_ctx"], costs.prompt_tokens)
         text, done, reason = self._text(question, sights, limit)
         pieces = re.findall(r"\s*\S+|\s+$", text)
@@ -1976,7 +2012,7 @@ class Server:
             return
         for index, piece in enumerate(pieces):
             await runner.engine.answer(places(tokenize(piece)))
-            if question.fault == "eof" and index == 3:
+            if question.fault == "eof" and index == min(3, len(pieces) - 1):
                 self.scheduler.drop(runner)
                 raise HttpError(500, EOF_TEXT)
             yield self._record(question, piece, done=False)
@@ -2024,7 +2060,7 @@ class Server:
             self.sights[key] = loop.run_in_executor(None, look, data)
         try:
             sight = await asyncio.shield(self.sights[key])
-        except (OSError, ValueError, SyntaxError) as error:
+        except NoImageError as error:
             raise nested(400, "Failed to load image or audio file") from error
         with Image.open(io.BytesIO(data)) as image:
             pixels = image.width * image.height
@@ -2174,7 +2210,7 @@ def as_running(runner: Runner) -> Json:
 
 def embed_input(body: Json, path: str) -> list[str]:
     value = body.get("prompt" if path == "/api/embeddings" else "input")
-    if value is None or value == "" or value == []:
+    if not value:
         return []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
@@ -2286,8 +2322,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     args = arguments().parse_args()
     known = {f.name for f in fields(Settings)}
-    settings = Settings()
-    settings.change({k: v for k, v in vars(args).items() if k in known})
+    settings = Settings().changed({k: v for k, v in vars(args).items() if k in known})
     asyncio.run(serve(args, settings))
     return 0
 

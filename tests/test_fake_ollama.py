@@ -124,14 +124,12 @@ class TestProtocol:
         assert reply.done is True
         assert reply.done_reason == "stop"
         assert reply.message.content
-        assert reply.prompt_eval_count and reply.prompt_eval_count > 576
-        assert reply.eval_count and reply.eval_duration and reply.total_duration
+        assert (reply.prompt_eval_count or 0) > 576
+        assert all((reply.eval_count, reply.eval_duration, reply.total_duration))
 
     def test_streamed_text_equals_the_whole(self, client: ollama.Client) -> None:
         message = {"role": "user", "content": PROMPT, "images": [edge()]}
-        parts = list(
-            client.chat("demo-vlm", [message], options=OPTIONS, stream=True)
-        )
+        parts = list(client.chat("demo-vlm", [message], options=OPTIONS, stream=True))
         text = "".join(part.message.content or "" for part in parts)
         assert len(parts) > 5
         assert parts[-1].done_reason == "stop"
@@ -299,7 +297,9 @@ async def describe_all(server: FakeOllama, images: list[bytes], prompts: int) ->
             await client.chat("demo-vlm", [message], options=OPTIONS)
 
     async with async_client(server) as client:
-        await asyncio.gather(*(worker(client, *pair[::-1]) for pair in enumerate(images)))
+        await asyncio.gather(
+            *(worker(client, *pair[::-1]) for pair in enumerate(images))
+        )
 
 
 class TestTime:
@@ -345,6 +345,16 @@ class TestLoading:
             time.sleep(0.1)
             stats = server.stats()
         assert (stats["slots_busy"], stats["in_flight"]) == (0, 0)
+
+    def test_a_stream_that_is_left_frees_the_slot(self) -> None:
+        message = {"role": "user", "content": PROMPT, "images": [edge()]}
+        with FakeOllama(time_model="gpu", load_s=0) as server:
+            client = client_of(server)
+            stream: Any = client.chat("demo-vlm", [message], stream=True)
+            next(stream)
+            stream.close()
+            assert ask(client_of(server, timeout=5), edge()).done
+            assert server.stats()["disconnects"] == 1
 
     def test_a_full_queue_gives_503(self) -> None:
         with FakeOllama(load_s=0.3, max_queue=2) as server:
@@ -412,9 +422,7 @@ class TestFaults:
             ("length", True, "length"),
         ],
     )
-    def test_broken_successes(
-        self, fault: str, done: bool, reason: str | None
-    ) -> None:
+    def test_broken_successes(self, fault: str, done: bool, reason: str | None) -> None:
         with scripted(fault) as server:
             reply = ask(client_of(server), edge())
             sound = ask(client_of(server), edge())
@@ -444,9 +452,11 @@ class TestFaults:
     @pytest.mark.parametrize("fault", ["embed_eof", "embed_nan", "embed_refused"])
     def test_embedding_errors(self, fault: str) -> None:
         wanted = {"embed_refused": 501}.get(fault, 400)
-        with scripted(fault, "/api/embed") as server:
-            with pytest.raises(ollama.ResponseError) as caught:
-                client_of(server).embed("demo-embed", ["a", "b"])
+        with (
+            scripted(fault, "/api/embed") as server,
+            pytest.raises(ollama.ResponseError) as caught,
+        ):
+            client_of(server).embed("demo-embed", ["a", "b"])
         assert caught.value.status_code == wanted
 
     @pytest.mark.parametrize("fault", BROKEN_VECTORS)
@@ -535,7 +545,7 @@ class TestCounters:
 class TestEyesAndVoice:
     def test_measurements_tell_the_pictures_apart(self) -> None:
         plain, split, round_ = look(flat()), look(edge(5)), look(disc())
-        assert not plain.lines and not plain.circles and plain.bars == 0
+        assert (plain.lines, plain.circles, plain.bars) == ((), (), 0)
         assert split.lines[0].length > 0.8
         assert split.lines[0].tilt == pytest.approx(5, abs=0.7)
         assert not split.circles
@@ -573,7 +583,8 @@ class TestEyesAndVoice:
     ) -> None:
         def mean(image: bytes, seeds: range) -> NDArray[np.float64]:
             texts = [ask(client, image, seed=s).message.content or "" for s in seeds]
-            return np.mean([embed(text, 256) for text in texts], axis=0)
+            vectors = np.array([embed(text, 256) for text in texts])
+            return np.asarray(vectors.mean(axis=0), np.float64)
 
         images = {"flat": flat(1), "edge": edge(3), "disc": disc()}
         known = {name: mean(image, range(10)) for name, image in images.items()}
@@ -604,7 +615,7 @@ class TestEmbedder:
         legacy = client.embeddings("demo-embed", "a round disc").embedding
         assert np.linalg.norm(legacy) > 1.5
 
-    def test_every_process_gives_the_same_vectors(self, tmp_path: Path) -> None:
+    def test_every_process_gives_the_same_vectors(self) -> None:
         code = "from fake_ollama import embed; print(embed('one two', 16))"
         command = [sys.executable, "-c", code]
         env = {"PYTHONPATH": str(HERE), "PYTHONHASHSEED": "7"}

@@ -1,0 +1,249 @@
+"""utils.py: errors, files and the image preparation."""
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import phantoms
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset
+
+import config
+import utils
+from utils import PipelineError, RejectedError, prepare_image
+
+# --- Errors -------------------------------------------------------------------------
+
+
+def failing(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PipelineError("x is missing: do y"), 2, "x is missing: do y"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left", "f"), 2, "free some space"),
+        (PermissionError(errno.EACCES, "denied", "f"), 2, "permission"),
+        (OSError(errno.EROFS, "Read-only", "f"), 2, "can be written"),
+    ],
+)
+def test_what_a_user_causes_is_one_line_and_a_code(
+    error: BaseException, code: int, words: str
+) -> None:
+    lines: list[str] = []
+    assert utils.exit_code(lambda: failing(error), lines.append) == code
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        utils.exit_code(lambda: failing(ZeroDivisionError()), print)
+
+
+# --- Files --------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+
+    def write_half() -> None:
+        with utils.atomic_write(path) as file:
+            file.write(b"new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_succeeds_replaces_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "f"
+    with utils.atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_the_final_name_appears_only_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with utils.atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert not path.exists()
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("ab"), st.text(), min_size=2)))
+@settings(max_examples=30, deadline=None)
+def test_csv_rows_come_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    kept = [{k: v for k, v in row.items() if v.isprintable() and v} for row in rows]
+    full = [row for row in kept if len(row) == 2]
+    utils.write_csv(path, ("a", "b"), full)
+    assert utils.read_csv(path) == full
+
+
+def test_a_csv_takes_names_with_bytes_that_are_no_text(tmp_path: Path) -> None:
+    utils.write_csv(
+        tmp_path / "t.csv", ("a",), [{"a": b"\xff".decode("utf-8", "surrogateescape")}]
+    )
+    assert utils.read_csv(tmp_path / "t.csv") == [{"a": "\\udcff"}]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_a_bad_manifest_is_named_with_its_remedy(
+    tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "m.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PipelineError, match=r"m\.json.*do that"):
+        utils.read_json(path, "do that")
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
+def test_a_vector_survives_packing(values: list[float]) -> None:
+    vector = np.array(values, np.float32)
+    assert np.array_equal(utils.unpack_vector(utils.pack_vector(vector)), vector)
+
+
+# --- Image preparation --------------------------------------------------------------
+
+
+def saved(folder: Path, pixels: NDArray[np.uint16], **attributes: object) -> Path:
+    """A DICOM file with these pixels and attributes."""
+    dataset: FileDataset = phantoms.exposure("FDT", 0, side=32)
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+        if name in dataset:
+            delattr(dataset, name)
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    return phantoms.write(dataset, folder / f"{len(list(folder.iterdir()))}.dcm")
+
+
+def noise(
+    mean: float, sd: float, shape: tuple[int, int] = (700, 700)
+) -> NDArray[np.uint16]:
+    values = np.random.default_rng(0).normal(mean, sd, shape)
+    return np.clip(np.rint(values), 0, 65535).astype(np.uint16)
+
+
+def half_plane(low: int, high: int) -> NDArray[np.uint16]:
+    pixels = np.full((400, 400), low, np.uint16)
+    pixels[:, 200:] = high
+    return pixels
+
+
+def test_the_vlm_gets_a_square_8_bit_picture_of_its_input_size(tmp_path: Path) -> None:
+    grey = prepare_image(saved(tmp_path, noise(1000, 10))).grey
+    assert grey.shape == (config.IMAGE_SIDE_PX, config.IMAGE_SIDE_PX)
+    assert grey.dtype == np.uint8
+
+
+@pytest.mark.parametrize("sd", [1, 10, 200])
+def test_the_noise_of_a_flat_field_does_not_fill_the_grey_range(
+    tmp_path: Path, sd: float
+) -> None:
+    grey = prepare_image(saved(tmp_path, noise(5000, sd))).grey
+    assert grey.std() < 255 / config.WINDOW_MIN_NOISE_SDS * 1.3
+
+
+def test_an_image_in_a_sliver_of_its_range_still_shows_its_edge(tmp_path: Path) -> None:
+    grey = prepare_image(saved(tmp_path, half_plane(63000, 65000))).grey
+    assert grey[100, 50] == 0
+    assert grey[100, 300] == 255
+
+
+def test_monochrome1_is_shown_inverted(tmp_path: Path) -> None:
+    pixels = half_plane(100, 4000)
+    bright_right = prepare_image(saved(tmp_path, pixels)).grey
+    inverted = saved(tmp_path, pixels, PhotometricInterpretation="MONOCHROME1")
+    assert (
+        np.abs(255 - bright_right.astype(int) - prepare_image(inverted).grey).max() <= 1
+    )
+
+
+def test_a_falling_rescale_slope_inverts(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path, half_plane(100, 4000), RescaleSlope="-1", RescaleIntercept="4095"
+    )
+    grey = prepare_image(path).grey
+    assert grey[100, 50] > grey[100, 300]
+
+
+def test_proportions_are_kept_and_the_rest_is_padding(tmp_path: Path) -> None:
+    grey = prepare_image(saved(tmp_path, half_plane(0, 9)[:200])).grey
+    assert set(grey[:80].ravel()) == {config.PADDING_GREY}
+    assert config.PADDING_GREY not in grey[100:230, 20:150]
+
+
+def test_pixels_that_are_not_square_are_shown_in_true_proportions(
+    tmp_path: Path,
+) -> None:
+    path = saved(tmp_path, half_plane(0, 9)[:200], PixelSpacing=["0.4", "0.2"])
+    grey = prepare_image(path).grey
+    assert config.PADDING_GREY not in np.unique(grey[:5])
+
+
+def test_a_few_dead_pixels_do_not_set_the_window(tmp_path: Path) -> None:
+    pixels = half_plane(1000, 2000)
+    pixels[::97, ::89] = 65535
+    grey = prepare_image(saved(tmp_path, pixels)).grey
+    assert np.median(grey[:, 200:]) > 200
+
+
+def test_an_image_without_contrast_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="every pixel is 7"):
+        prepare_image(saved(tmp_path, np.full((50, 50), 7, np.uint16)))
+
+
+@pytest.mark.parametrize("syntax", [*phantoms.TRANSFER_SYNTAXES])
+def test_an_image_keeps_its_id_in_every_lossless_syntax(
+    tmp_path: Path, syntax: str
+) -> None:
+    plain = phantoms.exposure("TOR", 1, side=96)
+    same = phantoms.compress(plain, syntax)
+    first = prepare_image(phantoms.write(plain, tmp_path / "a"))
+    second = prepare_image(phantoms.write(same, tmp_path / "b"))
+    assert first == second
+
+
+def test_a_changed_pixel_changes_the_image_id(tmp_path: Path) -> None:
+    pixels = half_plane(1, 2)
+    first = prepare_image(saved(tmp_path, pixels)).image_id
+    pixels[0, 0] = 3
+    assert prepare_image(saved(tmp_path, pixels)).image_id != first
+
+
+def test_only_the_header_differs_only_the_view_differs(tmp_path: Path) -> None:
+    pixels = half_plane(1, 2)
+    first = prepare_image(saved(tmp_path, pixels))
+    other = saved(tmp_path, pixels, PhotometricInterpretation="MONOCHROME1")
+    second = prepare_image(other)
+    assert first.image_id == second.image_id
+    assert first.view_id != second.view_id
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (3, 900), (5000, 2)])
+def test_absurd_shapes_are_prepared_all_the_same(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    pixels = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape)
+    assert prepare_image(saved(tmp_path, pixels)).grey.shape == (336, 336)
+
+
+def test_the_preparation_constants_are_in_the_manifest() -> None:
+    assert utils.preparation()["window_min_noise_sds"] == config.WINDOW_MIN_NOISE_SDS

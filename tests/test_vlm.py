@@ -1,0 +1,487 @@
+"""utils.py: the vision language model, the real client against the stand-in."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import phantoms
+import pytest
+from conftest import server_flags
+from fake_ollama import FakeOllama
+from numpy.typing import NDArray
+
+import utils
+from config import Config, parse_config
+from utils import (
+    Answer,
+    ModelChangedError,
+    PipelineError,
+    PreparedImage,
+    RejectedError,
+    ServerFacts,
+    VlmServer,
+)
+
+T = TypeVar("T")
+QUESTION = utils.questions("generic", 1)[0]
+
+
+def knobs(fake: FakeOllama, *more: str) -> Config:
+    return parse_config(2, "", [*server_flags(fake.url), *more])[0]
+
+
+def ask(cfg: Config, work: Callable[[VlmServer], Awaitable[T]]) -> T:
+    """Run one coroutine with a server client."""
+
+    async def main() -> T:
+        async with VlmServer(cfg) as server:
+            return await work(server)
+
+    return asyncio.run(main())
+
+
+def preflight(cfg: Config) -> ServerFacts:
+    return ask(cfg, lambda server: server.preflight(lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> PreparedImage:
+    path = tmp_path_factory.mktemp("image") / "a.dcm"
+    return utils.prepare_image(phantoms.write(phantoms.exposure("TOR", 1), path))
+
+
+def describe(
+    cfg: Config, picture: PreparedImage, record: Callable[..., object] = print
+) -> Answer:
+    return ask(cfg, lambda s: s.describe(picture, QUESTION, (), record))
+
+
+# --- Preflight ----------------------------------------------------------------------
+
+
+def test_the_preflight_finds_both_models_and_probes_the_embedder(
+    fake: FakeOllama,
+) -> None:
+    facts = preflight(knobs(fake))
+    assert len(facts.vlm_digest) == len(facts.embedder_digest) == 64
+    assert facts.probe.shape == (256,)
+    assert facts.both_loaded
+    assert facts.version.startswith("0.33")
+
+
+def test_no_server_is_one_line_with_the_host_and_the_remedy() -> None:
+    cfg = Config(host="http://127.0.0.1:9")
+    with pytest.raises(PipelineError, match=r"127\.0\.0\.1:9.*ollama serve.*--host"):
+        preflight(cfg)
+
+
+@pytest.mark.parametrize("flag", ["--vlm", "--embed-model"])
+def test_a_missing_model_comes_with_its_pull_command(
+    fake: FakeOllama, flag: str
+) -> None:
+    with pytest.raises(PipelineError, match=r"`ollama pull nowhere` or add --pull"):
+        preflight(knobs(fake, flag, "nowhere"))
+
+
+def test_pull_fetches_a_missing_model_and_says_how_far_it_is() -> None:
+    lines: list[str] = []
+    with FakeOllama(models=("demo-embed",), pullable=("demo-vlm",)) as fake:
+        cfg = knobs(fake, "--pull")
+        facts = ask(cfg, lambda server: server.preflight(lines.append))
+    assert facts.vlm_digest
+    assert any("demo-vlm" in line and "%" in line for line in lines)
+
+
+def test_a_model_that_cannot_be_pulled_is_named(fake: FakeOllama) -> None:
+    with pytest.raises(PipelineError, match="nowhere can't be downloaded"):
+        preflight(knobs(fake, "--pull", "--vlm", "nowhere"))
+
+
+def test_a_model_without_vision_is_refused(fake: FakeOllama) -> None:
+    with pytest.raises(PipelineError, match="demo-embed can't see images"):
+        preflight(knobs(fake, "--vlm", "demo-embed"))
+
+
+def test_a_chat_model_that_no_longer_embeds_comes_with_the_remedy(
+    fake: FakeOllama,
+) -> None:
+    with pytest.raises(PipelineError, match="--embed-model nomic-embed-text"):
+        preflight(knobs(fake, "--embed-model", "demo-vlm"))
+
+
+def test_older_servers_embed_with_the_vlm_itself() -> None:
+    with FakeOllama(era="llamarunner") as fake:
+        facts = preflight(knobs(fake, "--embed-model", "demo-vlm"))
+    assert facts.probe.size > 0
+    assert not facts.both_loaded
+
+
+def test_models_that_do_not_fit_together_are_noticed() -> None:
+    with FakeOllama(max_loaded=1) as fake:
+        assert not preflight(knobs(fake)).both_loaded
+
+
+def test_the_first_load_is_the_last(fake: FakeOllama, picture: PreparedImage) -> None:
+    async def work(server: VlmServer) -> None:
+        await server.preflight(lambda _: None)
+        await server.describe(picture, QUESTION, (), print)
+        await server.embed(["a text"])
+
+    ask(knobs(fake), work)
+    assert (fake.stats()["loads"], fake.stats()["reloads"]) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("localhost", "http://localhost:11434"),
+        ("0.0.0.0:99", "http://127.0.0.1:99"),
+        ("https://there", "https://there:443"),
+        ("http://there/path/", "http://there:80/path"),
+        ("[::1]:5", "http://[::1]:5"),
+    ],
+)
+def test_an_address_is_completed_as_ollama_does(host: str, url: str) -> None:
+    assert utils.server_url(Config(host=host)) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "own"),
+    [
+        ("http://localhost:1", True),
+        ("http://127.0.0.2:1", True),
+        ("http://[::1]:1", True),
+        ("http://10.0.0.1:1", False),
+        ("https://ollama.example", False),
+    ],
+)
+def test_only_this_machine_is_loopback(url: str, own: bool) -> None:
+    assert utils.is_loopback(url) is own
+
+
+def test_a_proxy_is_not_used_for_loopback(
+    fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert preflight(knobs(fake)).vlm_digest
+
+
+# --- Descriptions -------------------------------------------------------------------
+
+
+def test_an_answer_has_text_and_times(fake: FakeOllama, picture: PreparedImage) -> None:
+    answer = describe(knobs(fake), picture)
+    assert answer.problem == ""
+    assert answer.text
+    assert answer.vision_s > 0
+    assert answer.text_s > 0
+
+
+def test_the_same_question_with_the_same_seed_has_the_same_answer(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    cfg = knobs(fake)
+    assert describe(cfg, picture).text == describe(cfg, picture).text
+
+
+def test_every_image_question_and_attempt_has_a_seed_of_its_own() -> None:
+    asked = [*utils.questions("generic", 20), *utils.questions("object", 20)]
+    images = ("a" * 64, "b" * 64)
+    seeds = [q.seed(i, a) for q in asked for i in images for a in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize("fault", ["zero", "truncated", "empty", "whitespace", "loop"])
+def test_a_200_without_a_usable_text_is_asked_again_with_another_seed(
+    fake: FakeOllama, picture: PreparedImage, fault: str
+) -> None:
+    fake.control(script=[("/api/chat", QUESTION.prompt, fault)])
+    attempts: list[tuple[int, Answer]] = []
+    answer = describe(knobs(fake), picture, lambda *pair: attempts.append(pair))
+    assert answer.problem == ""
+    assert [number for number, _ in attempts] == [0, 1]
+    assert not attempts[0][1].usable
+    seeds = {asked["seed"] for asked in fake.stats()["asked"] if asked["prompt"]}
+    assert len(seeds) == 2
+
+
+def test_a_cut_answer_is_asked_again_once_and_then_kept(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    script = [
+        {
+            "endpoint": "/api/chat",
+            "when": QUESTION.prompt,
+            "fault": "length",
+            "times": 9,
+        }
+    ]
+    fake.control(script=script)
+    attempts: list[int] = []
+    answer = describe(knobs(fake), picture, lambda n, _: attempts.append(n))
+    assert answer.problem == "cut"
+    assert attempts == [0, 1]
+
+
+def test_a_question_without_any_usable_answer_is_rejected(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    fake.control(faults={"empty": 1.0})
+    with pytest.raises(RejectedError, match=r"generic prompt 0.*empty"):
+        describe(knobs(fake), picture)
+
+
+def test_attempts_of_an_earlier_run_are_not_repeated(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    earlier = [Answer("", "empty")] * 2
+    numbers: list[int] = []
+    ask(
+        knobs(fake),
+        lambda s: s.describe(
+            picture, QUESTION, earlier, lambda n, _: numbers.append(n)
+        ),
+    )
+    assert numbers == [2]
+
+
+PASSING = [
+    "busy",
+    "crash",
+    "eof",
+    "oom",
+    "html_502",
+    "html_200",
+    "cut",
+    "reset",
+    "drop",
+]
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_failure_that_passes_costs_nothing_but_a_retry(
+    fake: FakeOllama, picture: PreparedImage, fault: str
+) -> None:
+    cfg = knobs(fake)
+    expected = describe(cfg, picture)
+    fake.control(script=[("/api/chat", QUESTION.prompt, fault)])
+    assert describe(cfg, picture).text == expected.text
+    assert fake.stats()["faults"][fault] == 1
+
+
+def test_a_request_that_hangs_is_given_up_and_asked_again(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    fake.control(script=[("/api/chat", QUESTION.prompt, "hang")])
+    assert describe(knobs(fake, "--read-timeout", "0.5"), picture).usable
+
+
+def test_a_request_that_the_server_refuses_is_not_repeated(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    fake.control(script=[("/api/chat", QUESTION.prompt, "nested")])
+    with pytest.raises(RejectedError, match="the server failed: ") as caught:
+        describe(knobs(fake), picture)
+    assert "{" not in str(caught.value)
+    assert fake.stats()["requests"]["/api/chat"] == 1
+
+
+def test_a_model_that_vanished_stops_the_run(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    with pytest.raises(PipelineError, match="'gone' not found") as caught:
+        describe(knobs(fake, "--vlm", "gone"), picture)
+    assert not isinstance(caught.value, RejectedError)
+
+
+def test_a_server_that_fails_everything_stops_the_run(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    fake.control(faults={"oom": 1.0})
+
+    async def work(server: VlmServer) -> None:
+        for _ in range(utils.GIVE_UP_AFTER + 1):
+            try:
+                await server.describe(picture, QUESTION, (), print)
+            except RejectedError:
+                continue
+
+    with pytest.raises(PipelineError, match="requests in a row"):
+        ask(knobs(fake, "--retries", "1"), work)
+
+
+def test_a_server_that_goes_away_is_waited_for(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    script = [
+        {
+            "endpoint": "/api/chat",
+            "when": QUESTION.prompt,
+            "fault": "refuse",
+            "seconds": 1.0,
+        }
+    ]
+    fake.control(script=script)
+    assert describe(knobs(fake), picture).usable
+
+
+def test_a_server_that_stays_away_stops_the_run(picture: PreparedImage) -> None:
+    cfg = Config(host="http://127.0.0.1:9", wait=0.1, retry_pause=0.01)
+    with pytest.raises(PipelineError, match=r"has not answered.*ollama serve"):
+        describe(cfg, picture)
+
+
+def test_a_replaced_model_is_noticed(fake: FakeOllama) -> None:
+    async def work(server: VlmServer) -> None:
+        facts = await server.preflight(lambda _: None)
+        await server.check_unchanged(facts)
+        fake.control(digests={"demo-vlm": "f" * 64})
+        await server.check_unchanged(facts)
+
+    with pytest.raises(ModelChangedError, match="demo-vlm was replaced"):
+        ask(knobs(fake), work)
+
+
+# --- Embeddings ---------------------------------------------------------------------
+
+TEXTS = [f"text number {number}" for number in range(70)]
+
+
+def embedded(cfg: Config, texts: list[str]) -> list[NDArray[np.float32] | None]:
+    async def work(server: VlmServer) -> list[NDArray[np.float32] | None]:
+        await server.preflight(lambda _: None)
+        return await server.embed(texts)
+
+    return ask(cfg, work)
+
+
+def assert_equal(
+    first: list[NDArray[np.float32] | None], second: list[NDArray[np.float32] | None]
+) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert one is not None
+        assert other is not None
+        assert np.array_equal(one, other)
+
+
+def test_texts_are_embedded_in_lists_and_in_order(fake: FakeOllama) -> None:
+    vectors = embedded(knobs(fake), TEXTS)
+    before = fake.stats()["requests"]["/api/embed"]
+    assert before == 1 + 3
+    alone = embedded(knobs(fake), TEXTS[50:51])[0]
+    assert_equal([vectors[50]], [alone])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "embed_eof",
+        "embed_nan",
+        "embed_nan_raw",
+        "embed_null",
+        "embed_zero",
+        "embed_short",
+        "embed_count",
+        "html_200",
+        "busy",
+        "drop",
+    ],
+)
+def test_a_list_that_fails_once_is_complete_in_the_end(
+    fake: FakeOllama, fault: str
+) -> None:
+    expected = embedded(knobs(fake), TEXTS[:5])
+    fake.control(script=[("/api/embed", TEXTS[2], fault)])
+    again = embedded(knobs(fake), TEXTS[:5])
+    assert_equal(expected, again)
+    assert fake.stats()["faults"][fault] == 1
+
+
+@pytest.mark.parametrize("fault", ["embed_nan", "embed_nan_raw", "embed_zero"])
+def test_a_text_that_cannot_be_embedded_costs_only_itself(
+    fake: FakeOllama, fault: str
+) -> None:
+    script = [{"endpoint": "/api/embed", "when": TEXTS[2], "fault": fault, "times": 99}]
+    fake.control(script=script)
+    vectors = embedded(knobs(fake), TEXTS[:5])
+    assert [vector is None for vector in vectors] == [False, False, True, False, False]
+
+
+# --- Order --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slots", "images"), [(1, 3), (4, 8)])
+def test_the_server_encodes_every_image_once(
+    slots: int, images: int, tmp_path: Path
+) -> None:
+    paths = [
+        phantoms.write(phantoms.exposure("MTF", n, side=64), tmp_path / f"{n}")
+        for n in range(images)
+    ]
+
+    async def run(server: VlmServer, cfg: Config) -> None:
+        async def jobs_of(path: Path) -> list[tuple[PreparedImage, utils.Question]]:
+            picture = await asyncio.to_thread(utils.prepare_image, path)
+            return [(picture, q) for q in utils.questions("generic", 6)]
+
+        async def do(job: tuple[PreparedImage, utils.Question]) -> None:
+            await server.describe(*job, (), lambda *_: None)
+
+        await utils.in_lanes(paths, jobs_of, do, cfg)
+
+    with FakeOllama(
+        num_parallel=slots,
+        cache_ram_mib=0,
+        time_model="gpu",
+        time_scale=0.01,
+        load_s=0.0,
+    ) as fake:
+        cfg = knobs(fake, "--server-parallel", str(slots))
+        ask(cfg, lambda server: run(server, cfg))
+        stats = fake.stats()
+    assert stats["encodes"] == images
+    assert len(stats["asked"]) == images * 6
+    assert stats["max_in_flight"] <= cfg.in_flight
+
+
+def test_memory_holds_only_what_is_in_flight() -> None:
+    taken = done = 0
+    most = 0.0
+
+    def source() -> Iterator[int]:
+        nonlocal taken
+        for number in range(500):
+            taken += 1
+            yield number
+
+    async def jobs_of(item: int) -> list[int]:
+        return [item] * 3
+
+    async def do(_: int) -> None:
+        nonlocal done, most
+        done += 1
+        most = max(most, taken - done / 3)
+        await asyncio.sleep(0)
+
+    asyncio.run(utils.in_lanes(source(), jobs_of, do, Config()))
+    assert done == 1500
+    assert most < 6
+
+
+def test_the_first_error_ends_all_lanes() -> None:
+    async def jobs_of(item: int) -> list[int]:
+        return [item]
+
+    async def do(item: int) -> None:
+        if item == 3:
+            raise PipelineError("three")
+        await asyncio.sleep(0)
+
+    with pytest.raises(PipelineError, match="three"):
+        utils.run_async(utils.in_lanes(range(10**9), jobs_of, do, Config()))
