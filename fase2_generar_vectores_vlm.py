@@ -215,10 +215,14 @@ class Journal:
         }
         self._append({"answer": key, **asked, **asdict(answer)})
 
-    def add_vector(self, text: str, vector: NDArray[np.float32]) -> None:
-        """Keep the embedding of a text."""
-        packed = utils.pack_vector(vector)
-        self._append({"embedding": self._vector_key(text), "vector": packed})
+    def add_vectors(self, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep the embeddings of texts, float32 (n_features,) each."""
+        self._append(
+            *(
+                {"embedding": self._vector_key(text), "vector": utils.pack_vector(v)}
+                for text, v in vectors.items()
+            )
+        )
 
     def quarantine(self, question: Question) -> None:
         """The embedder can't take the chosen answer: another attempt must stand in."""
@@ -252,14 +256,16 @@ class Journal:
     def _vector_key(self, text: str) -> str:
         return _key(text, self._conditions["embedder_digest"])
 
-    def _append(self, record: dict[str, Any]) -> None:
-        self._take(record)
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    def _append(self, *records: dict[str, Any]) -> None:
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         with self._path.open("ab") as file:
-            # A line torn by a kill must not swallow this one.
-            file.write(b"\n" + line if _is_torn(self._path) else line)
+            # A line torn by a kill must not swallow the first of these.
+            start = b"\n" if _is_torn(self._path) else b""
+            file.write(start + "".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
+        for record in records:
+            self._take(record)
 
     def _take(self, record: dict[str, Any]) -> None:
         if "answer" in record:
@@ -463,9 +469,8 @@ class Interview:
         vectors = await self._server.embed(list(texts))
         await self._server.check_unchanged(self._facts)
         self._progress.embedded(time.monotonic() - started)
-        for text, vector in zip(texts, vectors, strict=True):
-            if vector is not None:
-                task.journal.add_vector(text, vector)
+        found = zip(texts, vectors, strict=True)
+        task.journal.add_vectors({t: v for t, v in found if v is not None})
         pairs = zip(texts.values(), vectors, strict=True)
         return [q for asked, vector in pairs if vector is None for q in asked]
 

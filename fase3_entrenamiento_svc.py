@@ -54,7 +54,7 @@ Booleans = NDArray[np.bool_]
 
 PHASE_2 = "run `python fase2_generar_vectores_vlm.py`"
 LIBRARIES = ("scikit-learn", "numpy", "scipy", "joblib")
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 512
 INNER_FOLDS = 3
 PERMUTATION_TRIES = 200
 PROMPT_GAP = 0.15

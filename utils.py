@@ -546,7 +546,7 @@ class PixelLayout:
 
     def decoded(self, stream: Buffer) -> Self:
         """The layout that pixels decoded from `stream` have."""
-        facts = _stream_facts(stream, self)
+        facts = stream_facts(stream, self)
         changes: dict[str, Any] = {}
         if facts.codec in ("JPEG-LS", "JPEG 2000", "HTJ2K"):
             changes["bits_stored"] = max(self.bits_stored, facts.precision)
@@ -559,7 +559,7 @@ class PixelLayout:
 
 
 @dataclass(frozen=True)
-class _StreamFacts:
+class StreamFacts:
     """What a codestream's own header says."""
 
     codec: str
@@ -643,7 +643,7 @@ def decode_stream(stream: bytes, layout: PixelLayout) -> NDArray[Any]:
     Exception
         Whatever the decoder raises on a damaged stream.
     """
-    facts = _stream_facts(stream, layout)
+    facts = stream_facts(stream, layout)
     shape = (layout.rows, layout.columns, layout.samples)
     if (facts.rows, facts.columns, facts.samples) != shape:
         raise RejectedError(
@@ -675,7 +675,7 @@ def _container(
 
 
 def _decode_jpeg(
-    stream: bytes, facts: _StreamFacts, layout: PixelLayout
+    stream: bytes, facts: StreamFacts, layout: PixelLayout
 ) -> NDArray[Any]:
     if layout.samples == 1:
         return np.asarray(imagecodecs.jpeg8_decode(stream))
@@ -686,7 +686,7 @@ def _decode_jpeg(
 
 
 def _decode_rle(
-    stream: bytes, facts: _StreamFacts, layout: PixelLayout
+    stream: bytes, facts: StreamFacts, layout: PixelLayout
 ) -> NDArray[Any]:
     dtype = f"<u{layout.bits_allocated // 8}"
     decoded = imagecodecs.dicomrle_decode(stream, dtype)
@@ -697,7 +697,7 @@ def _decode_rle(
     )
 
 
-_DECODERS: dict[str, Callable[[bytes, _StreamFacts, PixelLayout], NDArray[Any]]] = {
+_DECODERS: dict[str, Callable[[bytes, StreamFacts, PixelLayout], NDArray[Any]]] = {
     "JPEG": _decode_jpeg,
     "JPEG Lossless": _decode_jpeg,
     "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),
@@ -707,7 +707,7 @@ _DECODERS: dict[str, Callable[[bytes, _StreamFacts, PixelLayout], NDArray[Any]]]
 }
 
 
-def _stream_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
+def stream_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
     """Read a codestream's header; RLE (PS3.5 annex G) has none of these facts."""
     start = bytes(stream[:12])
     if start.startswith(b"\xff\xd8"):
@@ -718,7 +718,7 @@ def _stream_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
         return _j2k_facts(stream, layout)
     if not 1 <= start[0] <= 15 or start[1:4] != b"\0\0\0" or layout.bits_allocated % 8:
         raise RejectedError(f"no codestream of a known kind: starts with {start.hex()}")
-    return _StreamFacts(
+    return StreamFacts(
         "RLE", layout.rows, layout.columns, layout.samples, layout.bits_allocated
     )
 
@@ -729,7 +729,7 @@ def _check_end(stream: Buffer) -> None:
         raise RejectedError("is truncated: the codestream has no end marker")
 
 
-def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
+def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
     """The frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2)."""
     at, jfif = 2, False
     while at + 10 <= len(stream):
@@ -749,13 +749,13 @@ def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
     codec = lossless.get(marker, "JPEG")
     in_ybr = "YBR" in layout.photometric or jfif
     rgb = codec == "JPEG" and samples == 3 and in_ybr and ids not in (b"RGB", b"rgb")
-    return _StreamFacts(codec, rows, columns, samples, precision, ids, jfif, rgb)
+    return StreamFacts(codec, rows, columns, samples, precision, ids, jfif, rgb)
 
 
 _FRAME_MARKERS = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
-def _j2k_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
+def _j2k_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
     """The SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
     at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
     if at < 0 or at + 44 > len(stream):
@@ -764,7 +764,7 @@ def _j2k_facts(stream: Buffer, layout: PixelLayout) -> _StreamFacts:
         ">HLLLL", stream, at + 6
     )
     samples, depth = struct.unpack_from(">HB", stream, at + 40)
-    return _StreamFacts(
+    return StreamFacts(
         codec="HTJ2K" if capabilities & 0x4000 else "JPEG 2000",
         rows=bottom - top,
         columns=right - left,
@@ -912,7 +912,7 @@ REFUSAL_OPENINGS = (
 )
 """Openings of an answer that declines to describe; counted, not asked again."""
 
-HARD_PROBLEMS = ("broken", "empty", "looping")
+HARD_PROBLEMS = ("broken", "empty", "looping", "unembeddable")
 """Answers that can't stand in the dataset; "cut" and "refusal" are only counted."""
 
 GIVE_UP_AFTER = 8
@@ -948,7 +948,7 @@ class Answer:
 
     text: str
     problem: str = ""
-    """Empty, or "broken", "empty", "looping", "cut" or "refusal"."""
+    """One of HARD_PROBLEMS, "cut", "refusal", or "" when all is well."""
     vision_s: float = 0.0
     """Seconds of prompt evaluation: image encoding and prefill."""
     text_s: float = 0.0

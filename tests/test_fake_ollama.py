@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import ollama
 import pytest
-from fake_ollama import EMBED_FAULTS, FakeOllama, embed, look
+from fake_ollama import EMBED_FAULTS, Engine, FakeOllama, Settings, embed, look
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -281,6 +281,13 @@ class TestCache:
         assert stats["encodes"] == 4
         assert stats["max_slots_busy"] == 4
 
+    def test_a_new_image_takes_the_slot_that_rested_longest(self) -> None:
+        first, second, third = (edge(degrees) for degrees in (2, 4, 6))
+        with FakeOllama(num_parallel=2, cache_ram_mib=0) as server:
+            for image in (first, second, first, third, first):
+                ask(client_of(server), image)
+            assert server.stats()["encodes"] == 3
+
     def test_one_image_in_all_slots_is_encoded_in_each(self) -> None:
         with FakeOllama(num_parallel=4, time_model="gpu", time_scale=0.05) as server:
             asyncio.run(describe_all(server, [edge()] * 4, 3))
@@ -313,6 +320,11 @@ class TestTime:
                 spent[parallel] = time.monotonic() - began
                 assert s.stats()["busy_s"] <= spent[parallel]
         assert 1.5 < spent[1] / spent[4] < 3.5
+
+    def test_four_slots_give_400_tokens_a_second(self) -> None:
+        rate = Engine(Settings(time_model="gpu")).rate
+        assert rate(1) == 150
+        assert 4 * rate(4) == pytest.approx(400, rel=0.01)
 
     def test_max_in_flight_counts_waiting_requests(self) -> None:
         with FakeOllama(time_model="gpu", time_scale=0.02) as server:

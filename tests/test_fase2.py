@@ -1,0 +1,668 @@
+"""Phase 2: the journal, the dataset, and what happens when things go wrong."""
+
+import base64
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import phantoms
+import pytest
+from conftest import LabelFolder, server_flags
+from fake_ollama import FakeOllama
+
+import config
+import fase2_generar_vectores_vlm as fase2
+import utils
+
+SCRIPT = Path(fase2.__file__)
+FEW = ("--descriptions", "5")
+DATASET = (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS)
+
+
+def phase2(base: Path, fake: FakeOllama, *more: str) -> int:
+    return fase2.main(["--base", str(base), *server_flags(fake.url), *FEW, *more])
+
+
+def folder_of(base: Path) -> Path:
+    return base / "dataset_final_vlm"
+
+
+def dataset_bytes(base: Path) -> list[bytes]:
+    return [(folder_of(base) / name).read_bytes() for name in DATASET]
+
+
+def rows_of(base: Path) -> list[dict[str, str]]:
+    return utils.read_csv(folder_of(base) / config.DATASET_ROWS)
+
+
+def rejected(base: Path) -> dict[str, str]:
+    rows = utils.read_csv(folder_of(base) / config.REJECTED_LIST)
+    return {Path(row["file"]).name: row["reason"] for row in rows}
+
+
+def manifest_of(base: Path) -> dict[str, Any]:
+    return utils.read_json(folder_of(base) / config.MANIFEST, "")
+
+
+def chats(fake: FakeOllama) -> int:
+    """Questions asked about an image; a load is asked without one."""
+    return sum(asked["asked"] for asked in questions(fake))
+
+
+def questions(fake: FakeOllama) -> list[dict[str, Any]]:
+    return [asked for asked in fake.stats()["asked"] if asked["prompt"]]
+
+
+# --- The dataset --------------------------------------------------------------------
+
+
+def test_the_dataset_has_the_documented_shapes_dtypes_and_rows(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    assert phase2(base, fake) == 0
+    x = np.load(folder_of(base) / config.DATASET_X)
+    y = np.load(folder_of(base) / config.DATASET_Y)
+    rows = rows_of(base)
+    assert x.shape == (6 * 5, 256)
+    assert x.dtype == np.float32
+    assert y.shape == (30,)
+    assert y.dtype.kind == "U"
+    assert np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
+    assert tuple(rows[0]) == fase2.ROW_COLUMNS
+    assert [row["class"] for row in rows] == list(y)
+    assert [int(row["row"]) for row in rows] == list(range(30))
+
+
+def test_rows_are_ordered_by_class_image_set_and_index(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    keys = [
+        (row["class"], row["image_id"], row["prompt_set"], int(row["prompt_index"]))
+        for row in rows_of(base)
+    ]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == len(keys)
+
+
+def test_each_vector_is_the_embedding_of_its_rows_description(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    x = np.load(folder_of(base) / config.DATASET_X)
+    for row in rows_of(base)[::7]:
+        asked = {"model": "demo-embed", "input": row["description"]}
+        reply = httpx.post(f"{fake.url}/api/embed", json=asked).json()
+        assert np.allclose(x[int(row["row"])], reply["embeddings"][0], atol=1e-6)
+
+
+def test_background_and_objects_are_asked_differently_and_all_generically(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake, "--descriptions", "10")
+    sets = Counter((row["class"], row["prompt_set"]) for row in rows_of(base))
+    assert sets == {
+        ("FDT", "background"): 16,
+        ("MTF", "object"): 16,
+        ("TOR", "object"): 16,
+        ("FDT", "generic"): 4,
+        ("MTF", "generic"): 4,
+        ("TOR", "generic"): 4,
+    }
+
+
+@pytest.mark.parametrize(("share", "sets"), [("0", {"object"}), ("1", {"generic"})])
+def test_the_generic_share_can_be_nothing_or_all(
+    fake: FakeOllama, labelled: LabelFolder, share: str, sets: set[str]
+) -> None:
+    base = labelled()
+    phase2(base, fake, "--generic-share", share)
+    asked = {row["prompt_set"] for row in rows_of(base) if row["class"] == "MTF"}
+    assert asked == sets
+
+
+def test_a_class_of_any_name_is_described_as_an_object(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    (base / "datos_etiquetados" / "TOR").rename(base / "datos_etiquetados" / "Ñandú 7")
+    assert phase2(base, fake) == 0
+    sets = {r["prompt_set"] for r in rows_of(base) if r["class"] == "Ñandú 7"}
+    assert sets == {"object", "generic"}
+
+
+def test_images_may_lie_at_any_depth_below_their_class(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    deep = base / "datos_etiquetados" / "MTF" / "room 1" / "monday"
+    deep.mkdir(parents=True)
+    (base / "datos_etiquetados" / "MTF" / "MTF0.dcm").rename(deep / "MTF0.dcm")
+    assert phase2(base, fake) == 0
+    assert "MTF/room 1/monday/MTF0.dcm" in {row["file"] for row in rows_of(base)}
+
+
+def test_the_manifest_says_with_what_the_dataset_was_made(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    manifest = manifest_of(base)
+    assert manifest["conditions"]["vlm"] == "demo-vlm"
+    assert len(manifest["conditions"]["vlm_digest"]) == 64
+    assert manifest["counts"]["images_per_class"] == {"FDT": 2, "MTF": 2, "TOR": 2}
+    assert manifest["prompts"]["generic"] == list(config.GENERIC_PROMPTS)
+    for name, digest in manifest["sha256"].items():
+        assert utils.sha256_of(folder_of(base) / name) == digest
+
+
+def test_the_inputs_are_not_touched(fake: FakeOllama, labelled: LabelFolder) -> None:
+    base = labelled()
+    files = sorted((base / "datos_etiquetados").rglob("*.dcm"))
+    before = [(utils.sha256_of(path), path.stat().st_mtime_ns) for path in files]
+    phase2(base, fake)
+    files = sorted((base / "datos_etiquetados").rglob("*"))
+    after = [(utils.sha256_of(p), p.stat().st_mtime_ns) for p in files if p.is_file()]
+    assert after == before
+
+
+def test_slots_of_the_server_change_the_order_of_work_but_not_a_byte(
+    labelled: LabelFolder, tmp_path: Path
+) -> None:
+    one, four = labelled(tmp_path / "one"), labelled(tmp_path / "four")
+    with FakeOllama() as fake:
+        phase2(one, fake)
+    with FakeOllama(num_parallel=4) as fake:
+        phase2(four, fake, "--server-parallel", "4")
+    assert dataset_bytes(one) == dataset_bytes(four)
+
+
+def test_both_ways_of_embedding_give_the_same_dataset(
+    labelled: LabelFolder, tmp_path: Path
+) -> None:
+    beside, after = labelled(tmp_path / "a"), labelled(tmp_path / "b")
+    with FakeOllama() as fake:
+        phase2(beside, fake)
+    with FakeOllama(max_loaded=1) as fake:
+        phase2(after, fake)
+        assert fake.stats()["loads"] <= 4
+    assert dataset_bytes(beside) == dataset_bytes(after)
+
+
+# --- Nothing asked twice ------------------------------------------------------------
+
+
+def test_a_second_run_asks_nothing_and_changes_nothing(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    before, asked = dataset_bytes(base), chats(fake)
+    embedded = fake.stats()["requests"]["/api/embed"]
+    assert phase2(base, fake) == 0
+    assert dataset_bytes(base) == before
+    assert chats(fake) == asked
+    assert fake.stats()["requests"]["/api/embed"] == embedded + 1  # the probe
+
+
+def test_renaming_or_moving_within_a_prompt_set_costs_no_call(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    asked = chats(fake)
+    folder = base / "datos_etiquetados"
+    (folder / "MTF" / "MTF0.dcm").rename(folder / "TOR" / "other.dcm")
+    assert phase2(base, fake) == 0
+    assert chats(fake) == asked
+    assert manifest_of(base)["counts"]["images_per_class"] == {
+        "FDT": 2,
+        "MTF": 1,
+        "TOR": 3,
+    }
+
+
+def test_moving_to_the_background_asks_only_the_other_prompts(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    asked = chats(fake)
+    folder = base / "datos_etiquetados"
+    (folder / "MTF" / "MTF0.dcm").rename(folder / "FDT" / "MTF0.dcm")
+    phase2(base, fake)
+    assert chats(fake) == asked + 4
+
+
+def test_more_descriptions_ask_only_what_is_new(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    phase2(base, fake, "--descriptions", "10")
+    assert chats(fake) == 60
+    assert all(asked["asked"] == 1 for asked in questions(fake))
+
+
+def test_a_changed_prompt_is_asked_again_alone(
+    fake: FakeOllama, labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    asked = chats(fake)
+    changed = {**config.PROMPT_SETS, "generic": ("What is this?",)}
+    monkeypatch.setattr(config, "PROMPT_SETS", changed)
+    phase2(base, fake)
+    assert chats(fake) == asked + 6
+    generic = [r for r in rows_of(base) if r["prompt_set"] == "generic"]
+    assert {row["prompt"].split("?")[0] for row in generic} == {"What is this"}
+
+
+@pytest.mark.parametrize(
+    "change", [("--temperature", "0.5"), ("--num-predict", "99"), ("--num-ctx", "4096")]
+)
+def test_a_changed_option_asks_everything_again(
+    fake: FakeOllama, labelled: LabelFolder, change: Sequence[str]
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    asked = chats(fake)
+    phase2(base, fake, *change)
+    assert chats(fake) == 2 * asked
+
+
+def test_another_vlm_behind_the_same_name_asks_everything_again(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    asked = chats(fake)
+    fake.control(digests={"demo-vlm": "e" * 64})
+    assert phase2(base, fake) == 0
+    assert chats(fake) == 2 * asked
+
+
+def test_another_embedder_only_embeds_again(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    asked, embeds = chats(fake), fake.stats()["requests"]["/api/embed"]
+    fake.control(digests={"demo-embed": "e" * 64})
+    phase2(base, fake)
+    assert chats(fake) == asked
+    assert fake.stats()["requests"]["/api/embed"] > embeds + 1
+
+
+def test_a_torn_last_line_of_the_journal_costs_one_answer(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    before, asked = dataset_bytes(base), chats(fake)
+    for journal in (folder_of(base) / config.JOURNAL_DIR).iterdir():
+        lines = journal.read_bytes().splitlines(keepends=True)
+        answers = [line for line in lines if b'"answer"' in line]
+        journal.write_bytes(b"".join(answers[:-1]) + answers[-1][:40])
+    assert phase2(base, fake) == 0
+    assert dataset_bytes(base) == before
+    assert chats(fake) == asked + 3
+
+
+def kill_after(base: Path, url: str, answers: int, fake: FakeOllama) -> None:
+    """Start phase 2 and kill it once the server has given so many more answers."""
+    target = chats(fake) + answers
+    command = [sys.executable, str(SCRIPT), "--base", str(base), *server_flags(url)]
+    with subprocess.Popen([*command, *FEW], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and chats(fake) < target:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+
+
+def test_a_killed_run_resumes_and_asks_no_answered_prompt_twice(
+    labelled: LabelFolder, tmp_path: Path
+) -> None:
+    whole, killed = labelled(tmp_path / "whole"), labelled(tmp_path / "killed")
+    with FakeOllama() as fake:
+        phase2(whole, fake)
+    slow: dict[str, Any] = {"time_model": "gpu", "time_scale": 0.05, "load_s": 0.0}
+    with FakeOllama(**slow) as fake:
+        for answers in (2, 9, 5):
+            kill_after(killed, fake.url, answers, fake)
+            assert not (folder_of(killed) / config.MANIFEST).exists()
+        journal = sum(
+            line.count(b'"answer"')
+            for path in (folder_of(killed) / config.JOURNAL_DIR).iterdir()
+            for line in path.read_bytes().splitlines()
+        )
+        before = chats(fake)
+        assert phase2(killed, fake) == 0
+        # What was in flight at a kill, two at the most, may be asked a second time.
+        assert chats(fake) - before == 30 - journal
+        assert sum(asked["asked"] - 1 for asked in questions(fake)) <= 3 * 2
+    assert dataset_bytes(whole) == dataset_bytes(killed)
+
+
+def test_ctrl_c_ends_with_130_and_one_line(
+    labelled: LabelFolder,
+) -> None:
+    base = labelled()
+    with FakeOllama(time_model="gpu", load_s=0.0) as fake:
+        command = [sys.executable, str(SCRIPT), "--base", str(base)]
+        with subprocess.Popen(
+            [*command, *server_flags(fake.url)], stderr=subprocess.PIPE, text=True
+        ) as process:
+            while process.poll() is None and chats(fake) < 3:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        assert errors.splitlines()[-1].startswith("interrupted")
+
+
+def test_a_second_process_on_the_same_folder_is_refused(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    with fase2.only_one(folder_of(base)):
+        assert phase2(base, fake) == 2
+    assert phase2(base, fake) == 0
+
+
+# --- Faults -------------------------------------------------------------------------
+
+MIXED = dict.fromkeys(
+    [
+        "busy",
+        "crash",
+        "eof",
+        "html_502",
+        "reset",
+        "zero",
+        "empty",
+        "loop",
+        "embed_eof",
+        "embed_nan_raw",
+        "embed_null",
+        "embed_count",
+    ],
+    0.02,
+)
+
+
+def test_a_tenth_of_all_calls_failing_still_gives_a_complete_dataset(
+    labelled: LabelFolder,
+) -> None:
+    base = labelled()
+    with FakeOllama(faults=MIXED, fault_seed=3) as fake:
+        assert phase2(base, fake, "--descriptions", "20") == 0
+        assert sum(fake.stats()["faults"].values()) > 10
+    assert np.isfinite(np.load(folder_of(base) / config.DATASET_X)).all()
+
+
+def test_faults_that_pass_do_not_change_a_byte(
+    labelled: LabelFolder, tmp_path: Path
+) -> None:
+    plain, faulty = labelled(tmp_path / "a"), labelled(tmp_path / "b")
+    with FakeOllama() as fake:
+        phase2(plain, fake)
+    passing = dict.fromkeys(["busy", "crash", "reset", "cut", "html_502"], 0.04)
+    with FakeOllama(faults=passing) as fake:
+        assert phase2(faulty, fake) == 0
+        assert fake.stats()["faults"]
+    assert dataset_bytes(plain) == dataset_bytes(faulty)
+
+
+def test_an_image_that_the_server_refuses_is_listed_and_the_rest_goes_on(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    path = base / "datos_etiquetados" / "MTF" / "MTF1.dcm"
+    image = utils.prepare_image(path)
+    bad = base64.b64encode(image.png).decode()[200:300]
+    fake.control(
+        script=[{"endpoint": "/api/chat", "when": bad, "fault": "nested", "times": 99}]
+    )
+    assert phase2(base, fake) == 1
+    assert list(rejected(base)) == ["MTF1.dcm"]
+    assert "the server failed" in rejected(base)["MTF1.dcm"]
+    assert manifest_of(base)["counts"]["images"] == 5
+    fake.control(script=[])
+    assert phase2(base, fake) == 0
+    assert rejected(base) == {}
+
+
+def test_a_text_that_cannot_be_embedded_is_replaced_by_another_answer(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    bad = rows_of(base)[2]
+    shutil.rmtree(folder_of(base))
+    script = {"endpoint": "/api/embed", "when": bad["description"], "times": 99}
+    fake.control(script=[{**script, "fault": "embed_nan"}])
+    assert phase2(base, fake) == 0
+    now = rows_of(base)[2]
+    assert now["description"] != bad["description"]
+    assert now["seed"] != bad["seed"]
+    assert phase2(base, fake) == 0
+
+
+def test_a_model_replaced_during_the_run_stops_it_and_taints_nothing(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    fake.control(script=[("/api/chat", 4, "digest")])
+    assert phase2(base, fake) == 2
+    assert not (folder_of(base) / config.MANIFEST).exists()
+    fake.control(script=[], digests={})
+    first = dict.fromkeys(
+        (asked["prompt"], asked["image"]) for asked in questions(fake)
+    )
+    assert phase2(base, fake) == 0
+    again = Counter((asked["prompt"], asked["image"]) for asked in questions(fake))
+    assert first.keys() <= again.keys()
+    repeated = [a for a in questions(fake) if a["asked"] > 1]
+    assert len(repeated) >= 4
+
+
+# --- Bad input ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", ["nothing", "folder", "classes"])
+def test_without_labelled_images_it_says_what_to_do(
+    fake: FakeOllama, tmp_path: Path, made: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if made != "nothing":
+        (tmp_path / "datos_etiquetados").mkdir()
+    if made == "classes":
+        (tmp_path / "datos_etiquetados" / "MTF").mkdir()
+    assert phase2(tmp_path, fake) == 2
+    assert "datos_etiquetados" in caplog.text
+    assert "<CLASS>" in caplog.text
+
+
+def test_an_image_in_two_classes_is_a_conflict_that_names_both(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled()
+    folder = base / "datos_etiquetados"
+    shutil.copy(folder / "MTF" / "MTF0.dcm", folder / "TOR" / "copy.dcm")
+    assert phase2(base, fake) == 2
+    assert "MTF0.dcm" in caplog.text
+    assert "copy.dcm" in caplog.text
+    assert chats(fake) == 0
+
+
+def test_a_copy_within_a_class_is_used_once_and_is_no_failure(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    folder = base / "datos_etiquetados" / "MTF"
+    shutil.copy(folder / "MTF0.dcm", folder / "copy.dcm")
+    assert phase2(base, fake) == 0
+    assert manifest_of(base)["counts"]["images"] == 6
+    assert "same image as" in next(iter(rejected(base).values()))
+
+
+def test_bad_files_are_listed_with_their_reasons_and_the_rest_goes_on(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    folder = base / "datos_etiquetados"
+    (folder / "MTF" / "notes.txt").write_text("not a DICOM file")
+    (folder / "MTF" / "empty.dcm").touch()
+    whole = (folder / "TOR" / "TOR0.dcm").read_bytes()
+    (folder / "TOR" / "torn.dcm").write_bytes(whole[: len(whole) // 2])
+    flat = phantoms.exposure("FDT", 5, side=32)
+    flat.PixelData = bytes(len(flat.PixelData))
+    phantoms.write(flat, folder / "FDT" / "flat.dcm")
+    shutil.copy(folder / "TOR" / "TOR1.dcm", folder / "loose.dcm")
+    assert phase2(base, fake) == 1
+    reasons = rejected(base)
+    assert set(reasons) == {
+        "notes.txt",
+        "empty.dcm",
+        "torn.dcm",
+        "flat.dcm",
+        "loose.dcm",
+    }
+    assert "no contrast" in reasons["flat.dcm"]
+    assert "no class folder" in reasons["loose.dcm"]
+    assert manifest_of(base)["counts"]["images"] == 6
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled()
+    folder_of(base).mkdir()
+    folder_of(base).chmod(0o500)
+    assert phase2(base, fake) == 2
+    assert "permission" in caplog.text
+
+
+def test_a_file_in_place_of_the_output_folder_is_one_line(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled()
+    folder_of(base).touch()
+    assert phase2(base, fake) == 2
+    assert "dataset_final_vlm" in caplog.text
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_answers(
+    fake: FakeOllama,
+    labelled: LabelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = labelled()
+    room = 12
+    sync = os.fsync
+
+    def fsync(number: int) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert phase2(base, fake) == 2
+    assert "free some space" in caplog.text
+    monkeypatch.undo()
+    asked = chats(fake)
+    assert phase2(base, fake) == 0
+    assert chats(fake) - asked <= 30 - 9
+
+
+# --- What the person sees -----------------------------------------------------------
+
+
+def test_the_estimate_asks_a_little_keeps_it_and_stops(
+    fake: FakeOllama, labelled: LabelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = labelled()
+    assert phase2(base, fake, "--descriptions", "20", "--estimate") == 0
+    assert "120 descriptions of 6 images take about" in capsys.readouterr().out
+    assert chats(fake) == fase2.ESTIMATE_QUESTIONS
+    assert not (folder_of(base) / config.DATASET_X).exists()
+    phase2(base, fake, "--descriptions", "20")
+    assert all(asked["asked"] == 1 for asked in questions(fake))
+
+
+def test_the_summary_counts_images_rows_and_the_next_step(
+    fake: FakeOllama, labelled: LabelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase2(labelled(), fake)
+    out = capsys.readouterr().out
+    assert "6 images (FDT 2, MTF 2, TOR 2), 30 rows of 256 numbers" in out
+    assert "python fase3_entrenamiento_svc.py" in out
+
+
+def test_a_run_announces_what_it_will_do(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    phase2(labelled(), fake)
+    assert "images: 6 (FDT 2, MTF 2, TOR 2)" in caplog.text
+    assert "answers: 0 in the journal, 30 to ask" in caplog.text
+    assert "demo-vlm" in caplog.text
+
+
+def test_a_distant_server_is_named_before_images_go_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flags = ["--host", "http://192.0.2.1:9", "--connect-timeout", "0.1"]
+    fase2.warn_of_distance(config.parse_config(2, "", flags)[0])
+    assert "leave this machine for http://192.0.2.1:9, unencrypted" in caplog.text
+
+
+def test_answers_repeated_for_every_image_are_counted_per_prompt(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    for path in (folder_of(base) / config.JOURNAL_DIR).iterdir():
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for record in records:
+            if record.get("prompt_set") == "generic":
+                record["text"] = "The same for all."
+        lines = [json.dumps(record) for record in records]
+        path.write_text("\n".join(lines) + "\n", "utf-8")
+    phase2(base, fake)
+    quality = manifest_of(base)["quality_per_prompt"]
+    generic = [q for p, q in quality.items() if p.startswith(config.GENERIC_PROMPTS[0])]
+    assert generic[0]["repeated"] == generic[0]["answers"] == 6
+
+
+def test_kills_at_random_moments_lose_nothing(
+    labelled: LabelFolder, tmp_path: Path
+) -> None:
+    dice = random.Random(0)
+    whole, killed = labelled(tmp_path / "whole"), labelled(tmp_path / "killed")
+    with FakeOllama() as fake:
+        phase2(whole, fake)
+    with FakeOllama(time_model="gpu", time_scale=0.02, load_s=0.0) as fake:
+        for _ in range(3):
+            kill_after(killed, fake.url, dice.randrange(1, 6), fake)
+        assert phase2(killed, fake) == 0
+        assert all(asked["answered"] <= 2 for asked in questions(fake))
+    assert dataset_bytes(whole) == dataset_bytes(killed)
