@@ -16,7 +16,6 @@ files that were moved to datos_etiquetados/ in the meantime.
     python fase1_descompresion.py --base /data/qc --jobs 8
 """
 
-import errno
 import faulthandler
 import hashlib
 import itertools
@@ -30,14 +29,14 @@ import sqlite3
 import struct
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +65,18 @@ STATE = ".fase1.sqlite"
 """What was done, so that the next run need not open a file to know it."""
 
 TEMPORARY = ".fase1-*.tmp"
+SAVE_SECONDS, TELL_SECONDS = 1.0, 5.0
+MAX_WARNINGS = 10
+QUEUE_PER_WORKER = 32
+"""Results may wait for an earlier file that takes long, but not without end."""
+
+HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "httpx", "ollama", "PIL.Image"]
+"""Loaded once for all worker processes, where the system can fork."""
+
+IMPLEMENTATION_UID = "2.25.302418470214713250418632510948250124117"
+IMPLEMENTATION_NAME = "DICOM_QC_FASE1"
+SHARED_UID = "several images have one SOPInstanceUID"
+UTC_NOTE = "time is UTC"
 
 # --- The header: PS3.5 section 7 ----------------------------------------------------
 
@@ -81,6 +92,26 @@ SWAP_BYTES = (
     | dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8)
 )
 NUMBER_CODES = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d"}
+
+
+FLOAT_PIXELS = {0x7FE00008, 0x7FE00009}
+CHUNK = 8 << 20
+Changes = dict[int, bytes]
+
+NOT_STILL_IMAGES = re.compile(
+    r"1\.2\.840\.10008\.1\.2\.(4\.(9[2-9]|1\d\d|20[4-9])|6\.\d+|[78]\..*)"
+)
+"""Video, JPIP, JPEG XL, JPEG 2000 part 2, XML and so on (PS3.6 table A-1)."""
+
+CODECS = {
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG" for number in range(50, 57)},
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG Lossless" for number in (57, 58, 70)},
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG-LS" for number in (80, 81)},
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG 2000" for number in (90, 91)},
+    **{f"1.2.840.10008.1.2.4.{number}": "HTJ2K" for number in (201, 202, 203)},
+    "1.2.840.10008.1.2.5": "RLE",
+}
+"""The codec that each transfer syntax promises; the codestream has the last word."""
 
 
 class Syntax(NamedTuple):
@@ -202,7 +233,9 @@ def read_items(
         if tag == SEQUENCE_END:
             return items, at, at + 8
         if tag != ITEM:
-            raise RejectedError(f"has ({group:04X},{number:04X}) where an item should be")
+            raise RejectedError(
+                f"has ({group:04X},{number:04X}) where an item should be"
+            )
         end = at + 8 + length
         if length == UNDEFINED:
             _, end = read_elements(data, at + 8, stop, syntax, depth)
@@ -235,13 +268,15 @@ class Header:
     elements: Mapping[int, Element]
     signed: bool = False
     """PixelRepresentation: decides what "US or SS" means (PS3.5 A.1)."""
+    notes: list[str] = field(default_factory=list)
+    """What had to be repaired or left out, for the manifest."""
 
     @classmethod
     def of(cls, data: Buffer, syntax: Syntax, elements: Iterable[Element]) -> "Header":
         """Index the elements of one dataset by tag."""
         header = cls(data, syntax, {element.tag: element for element in elements})
         signed = header.get("PixelRepresentation") == 1
-        return cls(data, syntax, header.elements, signed)
+        return replace(header, signed=signed)
 
     def get(self, keyword: str) -> Any:
         """First value: a number for binary VRs, else text; None where there is none."""
@@ -253,7 +288,11 @@ class Header:
         if code is None:
             return self._text(raw).split("\\")[0].strip("\0 ") or None
         code = (">" if self.syntax.big_endian else "<") + code
-        return struct.unpack_from(code, raw)[0] if len(raw) >= struct.calcsize(code) else None
+        return (
+            struct.unpack_from(code, raw)[0]
+            if len(raw) >= struct.calcsize(code)
+            else None
+        )
 
     def number(self, keyword: str) -> float | None:
         """A finite number, or None."""
@@ -289,7 +328,7 @@ def _element_header(tag: int, vr: str, length: int) -> bytes:
     return start + struct.pack("<HL", 0, length)
 
 
-def rewrite(header: Header, changes: Mapping[int, bytes]) -> Iterator[Buffer]:
+def rewrite(header: Header, changes: Changes) -> Iterator[Buffer]:
     """The elements in Explicit VR Little Endian; values keep their bytes.
 
     Group lengths (PS3.5 7.2, retired) are left out, because they would be wrong.
@@ -311,7 +350,9 @@ def _rewrite_element(header: Header, element: Element) -> Iterator[Buffer]:
     is_plain = syntax == EXPLICIT_LITTLE and not element.implicit
     if is_plain and not (element.vr == "SQ" and PIXEL_DATA_BYTES in bytes(value)):
         yield data[element.start : element.next]
-    elif element.vr == "SQ" or (element.undefined and element.implicit and not is_private(element)):
+    elif element.vr == "SQ" or (
+        element.undefined and element.implicit and not is_private(element)
+    ):
         content = b"".join(_rewrite_items(header, element))
         yield _element_header(element.tag, "SQ", len(content)) + content
     elif element.undefined:
@@ -331,7 +372,11 @@ def is_private(element: Element) -> bool:
 
 
 def _decided_vr(header: Header, element: Element) -> str:
-    if element.implicit and element.vr in ("SS", "US") and element.end - element.value == 2:
+    if (
+        element.implicit
+        and element.vr in ("SS", "US")
+        and element.end - element.value == 2
+    ):
         with suppress(KeyError):
             if "US or SS" in dictionary_VR(element.tag):
                 return "SS" if header.signed else "US"
@@ -360,9 +405,11 @@ def _decoded_icon(item: Header) -> dict[int, bytes]:
         return {}
     layout = PixelLayout.of(item.get)
     value = memoryview(item.data)[pixels.value : pixels.end]
-    streams = [b"".join(parts) for parts in utils.compressed_frames(value, layout.frames)]
-    decoded = layout.decoded(streams[0])
-    frames = b"".join(utils.decode_stream(one, decoded).tobytes() for one in streams)
+    streams = [
+        b"".join(parts) for parts in utils.compressed_frames(value, layout.frames)
+    ]
+    decoded = layout.decoded(utils.stream_facts(streams[0], layout))
+    frames = b"".join(utils.decode_stream(one, layout).tobytes() for one in streams)
     vr = "OB" if decoded.bits_allocated <= 8 else "OW"
     changes = layout_changes(layout, decoded)
     return changes | {PIXEL_DATA: encode_element(PIXEL_DATA, vr, frames)}
@@ -377,9 +424,11 @@ def swapped(value: Buffer, size: int) -> bytes:
 
 def layout_changes(before: PixelLayout, after: PixelLayout) -> dict[int, bytes]:
     """The attributes that decompression changes, encoded."""
-    changes: dict[int, bytes] = {}
+    changes: Changes = {}
     if after.photometric != before.photometric:
-        changes[0x00280004] = encode_element(0x00280004, "CS", after.photometric.encode())
+        changes[0x00280004] = encode_element(
+            0x00280004, "CS", after.photometric.encode()
+        )
     numbers = {
         0x00280100: (before.bits_allocated, after.bits_allocated),
         0x00280101: (before.bits_stored, after.bits_stored),
@@ -428,7 +477,9 @@ def moment_of(get: Callable[[str], Any]) -> Moment:
             used = source if name == source else f"{source} + time of {name}"
             return _moment(date + of_day, offset, used)
     assert day is not None
-    return Moment(_shown(day), source, "has no valid time: placed at the start of its day")
+    return Moment(
+        _shown(day), source, "has no valid time: placed at the start of its day"
+    )
 
 
 Candidate = tuple[datetime | None, timedelta | None, timedelta | None, str]
@@ -438,7 +489,7 @@ def _candidates(get: Callable[[str], Any]) -> Iterator[Candidate]:
     offset = parse_offset(str(get("TimezoneOffsetFromUTC") or ""))
     whole = str(get("AcquisitionDateTime") or "")
     if match := DATETIME_FORM.fullmatch(whole):
-        date = parse_date(f"{match[1]:0<4}"[:8].ljust(6, "!").replace("!!", "01").ljust(8, "!").replace("!!", "01"))
+        date = parse_date(match[1] + "0101"[len(match[1]) - 4 :])
         clock = parse_time(match[2]) if match[2] else timedelta(0)
         own = parse_offset(match[3] or "")
         yield date, clock, offset if own is None else own, "AcquisitionDateTime"
@@ -454,7 +505,7 @@ def _moment(local: datetime, offset: timedelta | None, source: str) -> Moment:
     if offset is None:
         return Moment(_shown(local), source)
     try:
-        return Moment(_shown(local - offset), source, "time is UTC")
+        return Moment(_shown(local - offset), source, UTC_NOTE)
     except OverflowError:
         return Moment(_shown(local), source)
 
@@ -481,9 +532,7 @@ def parse_time(text: str) -> timedelta | None:
     if hours > 23 or minutes > 59 or seconds > 60:
         return None
     micros = int(f"{match[4] or '':0<6}"[:6])
-    return timedelta(
-        hours=hours, minutes=minutes, seconds=seconds, microseconds=micros
-    )
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds, microseconds=micros)
 
 
 def parse_offset(text: str) -> timedelta | None:
@@ -529,43 +578,41 @@ def convert(task: Task, alive: Callable[[], None]) -> Outcome:
     `alive` is called whenever a part of the work is done.
     """
     try:
-        data, encoding = utils.open_dicom(task.source, task.limit_mb)
-        image = Image.read(data, encoding, task.limit_mb)
-        chunks = image.chunks(alive)
-        first = next(chunks)
-    except RejectedError as error:
-        return Outcome(str(error))
-    except MemoryError:
-        return Outcome("needs more memory than there is", may_pass=True)
-    except OSError as error:
-        return Outcome(f"can't be read: {error.strerror}", may_pass=True)
-    except Exception as error:  # each decoder raises errors of its own
-        return Outcome(f"can't be decoded: {type(error).__name__}: {error}")
-    return _write(task, image, itertools.chain([first], chunks))
-
-
-def _write(task: Task, image: "Image", chunks: Iterator[Buffer]) -> Outcome:
-    outcome = Outcome("unfinished")
-    try:
-        with task.temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        outcome = image.outcome(task.temporary)
-    except OSError as error:
-        outcome = Outcome(str(error), disk_error=(error.errno or 0, error.strerror or ""))
+        outcome = _convert(task, alive)
     except RejectedError as error:
         outcome = Outcome(str(error))
     except MemoryError:
         outcome = Outcome("needs more memory than there is", may_pass=True)
+    except _DiskError as error:
+        outcome = Outcome("not written", disk_error=error.args)
+    except OSError as error:
+        outcome = Outcome(f"can't be read: {error.strerror}", may_pass=True)
     except Exception as error:  # each decoder raises errors of its own
         outcome = Outcome(f"can't be decoded: {type(error).__name__}: {error}")
-    finally:
-        if outcome.reason:
-            with suppress(OSError):
-                task.temporary.unlink(missing_ok=True)
+    if outcome.reason:
+        with suppress(OSError):
+            task.temporary.unlink(missing_ok=True)
     return outcome
+
+
+class _DiskError(Exception):
+    """The output can't be written: errno and text."""
+
+
+def _convert(task: Task, alive: Callable[[], None]) -> Outcome:
+    data, encoding = utils.open_dicom(task.source, task.limit_mb)
+    image = Image.read(data, encoding, task.limit_mb)
+    chunks = image.chunks(alive)
+    first = next(chunks)  # decodes a frame before the disk is touched
+    try:
+        with task.temporary.open("wb") as file:
+            for chunk in itertools.chain([first], chunks):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return image.outcome(task.temporary)
+    except OSError as error:
+        raise _DiskError(error.errno or 0, error.strerror or "") from None
 
 
 @dataclass
@@ -588,7 +635,7 @@ class Image:
         pixels = header.elements.get(PIXEL_DATA)
         uid = UID(encoding.transfer_syntax)
         if pixels is None:
-            raise RejectedError(f"holds no image{_kind(header, encoding)}")
+            raise RejectedError(f"holds no image{_kind(header)}")
         if NOT_STILL_IMAGES.fullmatch(uid):
             raise RejectedError(f"{uid.name} is not for this program")
         layout = PixelLayout.of(header.get)
@@ -643,27 +690,32 @@ class Image:
         parts = utils.compressed_frames(value, self.layout.frames)
         streams = (one[0] if len(one) == 1 else b"".join(one) for one in parts)
         first = next(streams)
-        codec = utils.stream_facts(first, self.layout).codec
+        facts = utils.stream_facts(first, self.layout)
+        codec = facts.codec
         syntax = UID(self.encoding.transfer_syntax)
         if codec not in CODECS.get(syntax, codec):
             self.header.notes.append(f"said {syntax.name}, is {codec}")
-        before, self.layout = self.layout, self.layout.decoded(first)
+        before, self.layout = self.layout, self.layout.decoded(facts)
         self.decoder = f"imagecodecs, {codec}"
-        frames = map(self._decode, itertools.chain([first], streams))
+        frames = (
+            self._decode(one, before) for one in itertools.chain([first], streams)
+        )
         changes = layout_changes(before, self.layout)
         if before.bits_stored != self.layout.bits_stored:
             stored = f"{before.bits_stored} -> {self.layout.bits_stored}"
             self.header.notes.append(f"bits stored {stored}, as in the codestream")
         return frames, self._missing() | changes, self.layout.size
 
-    def _decode(self, stream: Buffer) -> Buffer:
+    def _decode(self, stream: Buffer, layout: PixelLayout) -> Buffer:
         try:
-            pixels = utils.decode_stream(stream, self.layout)
+            pixels = utils.decode_stream(stream, layout)
         except RejectedError:
             raise
         except Exception as error:  # each decoder raises errors of its own
             pixels = self._decode_by_plugins(bytes(stream), error)
             self.decoder = "pydicom plugins"
+        if pixels.nbytes * self.layout.frames != self.layout.size:
+            raise RejectedError("has frames of different sizes")
         return np.ascontiguousarray(pixels).data.cast("B")
 
     def _decode_by_plugins(self, stream: bytes, cause: Exception) -> NDArray[Any]:
@@ -672,20 +724,21 @@ class Image:
         GDCM can abort the process on a damaged stream: only for worker processes.
         """
         layout = self.layout
+        options: Any = {
+            "rows": layout.rows,
+            "columns": layout.columns,
+            "number_of_frames": 1,
+            "samples_per_pixel": layout.samples,
+            "bits_allocated": layout.bits_allocated,
+            "bits_stored": layout.bits_stored,
+            "pixel_representation": int(layout.signed),
+            "photometric_interpretation": layout.photometric,
+            "planar_configuration": 0,
+            "pixel_keyword": "PixelData",
+        }
         try:
-            pixels, _ = get_decoder(UID(self.encoding.transfer_syntax)).as_array(
-                encapsulate([stream]),
-                raw=layout.photometric != "RGB",
-                rows=layout.rows,
-                columns=layout.columns,
-                number_of_frames=1,
-                samples_per_pixel=layout.samples,
-                bits_allocated=layout.bits_allocated,
-                bits_stored=layout.bits_stored,
-                pixel_representation=int(layout.signed),
-                photometric_interpretation=layout.photometric,
-                planar_configuration=0,
-                pixel_keyword="PixelData",
+            pixels, _ = get_decoder(self.encoding.transfer_syntax).as_array(
+                encapsulate([stream]), raw=layout.photometric != "RGB", **options
             )
         except Exception:
             raise cause from None
@@ -754,7 +807,7 @@ class Image:
         }
 
 
-def _kind(header: Header, encoding: Encoding) -> str:
+def _kind(header: Header) -> str:
     """What a DICOM file without pixels is, as far as it says."""
     names = {
         clean(header.get("Modality") or ""),
@@ -996,3 +1049,464 @@ CREATE INDEX IF NOT EXISTS sources_output ON sources (output);
 CREATE INDEX IF NOT EXISTS labelled_identity ON labelled (identity);
 CREATE INDEX IF NOT EXISTS labelled_name ON labelled (name);
 """
+
+
+class Ledger:
+    """What phase 1 knows of sources, outputs and labelled files, kept in STATE.
+
+    Used as a context manager; only one process can have it open.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.source_dir = cfg.folder("input_dir")
+        self.folder = cfg.folder("decompressed_dir")
+        self.labelled_dir = cfg.folder("labelled_dir")
+        self.counts: Counter[str] = Counter()
+        self._knobs = (
+            f"{config.PROGRAM_VERSION} {cfg.max_image_mb} {cfg.item_timeout_s}"
+        )
+        self._sealed = True
+
+    def __enter__(self) -> Self:
+        with suppress(FileNotFoundError):
+            (self.folder / STATE).stat()
+        try:
+            self._open()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:  # damaged: all is found out again
+            self._database.close()
+            (self.folder / STATE).unlink()
+            self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with closing(self._database):
+            if self._database.in_transaction:
+                self._database.execute("COMMIT")
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(
+            self.folder / STATE, timeout=1, isolation_level=None
+        )
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._database.execute("BEGIN EXCLUSIVE")
+        for statement in SCHEMA.split(";"):
+            self._database.execute(statement)
+        if self._one("SELECT knobs FROM runs ORDER BY id DESC") != self._knobs:
+            self._do("DELETE FROM sources WHERE reason != ''")
+        self._do("INSERT INTO runs (knobs) VALUES (?)", self._knobs)
+        self._run = self._one("SELECT max(id) FROM runs")
+        self._committed = time.monotonic()
+
+    def _do(self, statement: str, *values: object) -> sqlite3.Cursor:
+        return self._database.execute(statement, values)
+
+    def _one(self, statement: str, *values: object) -> Any:
+        row = self._do(statement, *values).fetchone()
+        return row[0] if row else None
+
+    def _save_sometimes(self) -> None:
+        if time.monotonic() - self._committed > SAVE_SECONDS:
+            self._do("COMMIT")
+            self._do("BEGIN EXCLUSIVE")
+            self._committed = time.monotonic()
+
+    # What is there
+
+    def read_labelled(self) -> None:
+        """Learn which images stand in the class folders; each is opened once ever."""
+        for path in utils.find_files(self.labelled_dir):
+            with suppress(OSError):
+                self._read_labelled_file(path)
+        self._do("DELETE FROM labelled WHERE run != ?", self._run)
+
+    def _read_labelled_file(self, path: Path) -> None:
+        key, facts = os.fsencode(path), path.stat()
+        known = self._do(
+            "UPDATE labelled SET run = ? WHERE path = ? AND size = ? AND mtime = ?",
+            *(self._run, key, facts.st_size, facts.st_mtime_ns),
+        )
+        if known.rowcount == 0:
+            self._do(
+                "REPLACE INTO labelled VALUES (?, ?, ?, ?, ?, ?)",
+                *(key, facts.st_size, facts.st_mtime_ns, self._run),
+                *(identity_of(path), os.fsencode(path.name).decode("latin-1")),
+            )
+
+    def is_done(self, source: Path) -> bool:
+        """Whether an unchanged file was settled before, and its output is there."""
+        try:
+            facts = source.stat()
+        except OSError:
+            return False
+        row = self._do(
+            "UPDATE sources SET run = ? WHERE path = ? AND size = ? AND mtime = ?"
+            " RETURNING output, reason, may_pass",
+            *(self._run, self._key(source), facts.st_size, facts.st_mtime_ns),
+        ).fetchone()
+        self._save_sometimes()
+        if row is None:
+            return False
+        output, reason, may_pass = row
+        if reason:
+            self.counts["rejected"] += not may_pass
+            return not may_pass
+        if not self._is_there(output):
+            return False
+        self.counts["known"] += 1
+        return True
+
+    def _is_there(self, output: str) -> bool:
+        """In f1_descomprimidos, or labelled: under its name, or alone with its UID."""
+        if os.path.exists(f"{self.folder}/{output}"):  # noqa: PTH110 - 5 times as fast
+            return True
+        if self._one("SELECT 1 FROM labelled WHERE name = ?", output):
+            return True
+        return bool(
+            self._one(
+                "SELECT 1 FROM labelled JOIN outputs USING (identity)"
+                " WHERE outputs.name = ? AND 1 = (SELECT count(*) FROM outputs AS twin"
+                " WHERE twin.identity = labelled.identity)",
+                output,
+            )
+        )
+
+    def _key(self, source: Path) -> bytes:
+        return os.fsencode(source.relative_to(self.source_dir).as_posix())
+
+    # What happens
+
+    def reject(self, source: Path, reason: str, may_pass: bool = False) -> None:
+        """Record why a file has no output."""
+        log.debug("%s: %s", clean(source), reason)
+        self.counts["rejected"] += 1
+        self._record(source, "", reason, may_pass)
+
+    def _record(
+        self, source: Path, output: str, reason: str = "", may_pass: bool = False
+    ) -> None:
+        self._unseal()
+        try:
+            facts = source.stat()
+            size, mtime = facts.st_size, facts.st_mtime_ns
+        except OSError:
+            size, mtime = -1, -1
+        self._do(
+            "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
+            *(
+                self._key(source),
+                size,
+                mtime,
+                self._run,
+                output,
+                clean(reason),
+                may_pass,
+            ),
+        )
+        self._save_sometimes()
+
+    def _unseal(self) -> None:
+        """The lists say "complete": they go before the first change."""
+        if self._sealed:
+            for name in (config.FILE_LIST, config.REJECTED_LIST):
+                (self.folder / name).unlink(missing_ok=True)
+        self._sealed = False
+
+    def settle(self, task: Task, outcome: Outcome) -> None:
+        """Give a converted file its final name, unless its image is there already."""
+        if outcome.disk_error:
+            raise OSError(*outcome.disk_error, str(self.folder))
+        if outcome.reason:
+            self.reject(task.source, outcome.reason, outcome.may_pass)
+            return
+        recorded, places = self._copies(outcome.identity)
+        name = self._same(task, outcome, recorded, places)
+        if name:
+            task.temporary.unlink()
+            self.counts["duplicate" if name in recorded else "labelled"] += 1
+        else:
+            name = self._free_name(task, outcome, recorded, places)
+            self._unseal()
+            task.temporary.replace(self.folder / name)
+            self.counts["written"] += 1
+        if name not in recorded or not places:
+            self._record_output(task, outcome, name)
+        self._record(task.source, name)
+
+    def _copies(self, identity: str) -> tuple[list[str], dict[Path, str]]:
+        """Names given to this identity, and the files that hold it."""
+        recorded = [
+            name
+            for (name,) in self._do(
+                "SELECT name FROM outputs WHERE identity = ? ORDER BY name", identity
+            )
+        ]
+        places = {self.folder / name: name for name in recorded}
+        places = {path: name for path, name in places.items() if path.exists()}
+        for path, name in self._do(
+            "SELECT path, name FROM labelled WHERE identity = ? ORDER BY path", identity
+        ):
+            places[Path(os.fsdecode(path))] = name
+        return recorded, places
+
+    def _same(
+        self, task: Task, outcome: Outcome, recorded: list[str], places: dict[Path, str]
+    ) -> str:
+        """Name of the output that has the same content, if there is one."""
+        digest = content_digest(task.temporary) if places else ""
+        for path, name in places.items():
+            if content_digest(path) == digest:
+                return name if name in recorded or len(recorded) != 1 else recorded[0]
+        if places and not recorded:  # labelled in a run whose state is lost
+            return next(iter(places.values()))
+        return ""
+
+    def _free_name(
+        self, task: Task, outcome: Outcome, recorded: list[str], places: dict[Path, str]
+    ) -> str:
+        own = [name for name in recorded if name not in places.values()]
+        if own and not places:
+            return own[0]
+        for name in own:
+            source = self._one("SELECT source FROM outputs WHERE name = ?", name)
+            if source == self._key(task.source):
+                return name
+        names = (f"{outcome.name[:-4]}-{count}.dcm" for count in itertools.count(2))
+        for name in itertools.chain([outcome.name], names):
+            if not self._one("SELECT 1 FROM outputs WHERE name = ?", name):
+                return name
+        raise AssertionError("unreachable: names never end")
+
+    def _record_output(self, task: Task, outcome: Outcome, name: str) -> None:
+        self._do(
+            "REPLACE INTO outputs VALUES (?, ?, ?, ?, ?, ?)",
+            *(name, outcome.identity, self._key(task.source)),
+            *(outcome.record["timestamp"], min(outcome.number, 2**62)),
+            json.dumps(dict(outcome.record)),
+        )
+
+    # The lists
+
+    def write_lists(self) -> None:
+        """Write manifiesto.csv and rechazados.csv, unless nothing has changed."""
+        if self._sealed and (self.folder / config.FILE_LIST).exists():
+            return
+        self._forget_lost_outputs()
+        utils.write_csv(
+            self.folder / config.REJECTED_LIST, ("source", "reason"), self.rejected()
+        )
+        utils.write_csv(self.folder / config.FILE_LIST, COLUMNS, self._manifest())
+
+    def _forget_lost_outputs(self) -> None:
+        names = self._do("SELECT name FROM outputs").fetchall()
+        for (name,) in names:
+            if not self._is_there(name):
+                self._do("DELETE FROM outputs WHERE name = ?", name)
+
+    def rejected(self) -> Iterator[dict[str, str]]:
+        """Files of this run that have no output, and why."""
+        for path, reason in self._do(
+            "SELECT path, reason FROM sources WHERE reason != '' AND run = ?"
+            " ORDER BY path",
+            self._run,
+        ):
+            yield {"source": shown_path(path), "reason": reason}
+
+    def _manifest(self) -> Iterator[dict[str, object]]:
+        rows = self._do(
+            "SELECT name, identity, source, record FROM outputs"
+            " ORDER BY moment, number, identity, name"
+        )
+        for order, (name, identity, source, record) in enumerate(rows, 1):
+            fields = json.loads(record)
+            notes = [fields["notes"], *self._notes(name, identity, source)]
+            yield {
+                **fields,
+                "order": order,
+                "source": shown_path(source),
+                "output": name,
+                "notes": "; ".join(filter(None, notes)),
+            }
+
+    def _notes(self, name: str, identity: str, source: bytes) -> Iterator[str]:
+        for (path,) in self._do(
+            "SELECT path FROM sources WHERE output = ? AND path != ? ORDER BY path",
+            *(name, source),
+        ):
+            yield f"the same image as {shown_path(path)}"
+        if self._one("SELECT count(*) FROM outputs WHERE identity = ?", identity) > 1:
+            yield SHARED_UID
+
+    # The summary
+
+    def totals(self) -> dict[str, int]:
+        """Images per modality."""
+        return dict(
+            self._do(
+                "SELECT json_extract(record, '$.modality'), count(*) FROM outputs"
+                " GROUP BY 1 ORDER BY 2 DESC"
+            )
+        )
+
+    def warnings(self) -> Iterator[str]:
+        """What a person should know about the order and the images."""
+        shared = self._one(
+            "SELECT count(*) FROM (SELECT 1 FROM outputs GROUP BY identity"
+            " HAVING count(*) > 1)"
+        )
+        if shared:
+            yield f"{SHARED_UID}, with another content: {shared} times, all were kept"
+        undated = self._one("SELECT count(*) FROM outputs WHERE moment = ?", NO_DATE)
+        if undated:
+            yield f"{undated} images have no date: they stand last"
+        mixed = self._mixed_folders()
+        for folder, sources in list(mixed.items())[:MAX_WARNINGS]:
+            yield f"{folder} was ordered by different attributes: {', '.join(sources)}"
+        if len(mixed) > MAX_WARNINGS:
+            yield f"… and so were {len(mixed) - MAX_WARNINGS} more folders"
+
+    def _mixed_folders(self) -> dict[str, list[str]]:
+        """Folders whose images were ordered by different attributes, or zones."""
+        found: dict[str, set[str]] = {}
+        for source, used, notes in self._do(
+            "SELECT source, json_extract(record, '$.time_source'),"
+            " json_extract(record, '$.notes') FROM outputs"
+        ):
+            folder = shown_path(source.rpartition(b"/")[0]) or "the input folder"
+            zone = " in UTC" if UTC_NOTE in notes else ""
+            found.setdefault(folder, set()).add((used or "no date") + zone)
+        return {
+            name: sorted(used) for name, used in sorted(found.items()) if len(used) > 1
+        }
+
+
+def identity_of(path: Path) -> str:
+    """What `Outcome.identity` was for a labelled file, from its file meta group."""
+    with path.open("rb") as file:
+        head = file.read(1 << 14)
+    if head[128:132] != b"DICM":
+        return ""
+    _, meta = utils.read_file_meta(head, 132)
+    uid = clean(meta.get(0x00020003, b"").decode("latin-1").strip("\0 "))
+    return uid or f"sha256:{content_digest(path)}"
+
+
+def shown_path(path: bytes) -> str:
+    """A relative path for a spreadsheet: printable, and never a formula."""
+    text = path.decode("utf-8", "backslashreplace")
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+# --- The phase ----------------------------------------------------------------------
+
+
+def run(cfg: Config) -> int:
+    """Decompress what is new below the input folder; returns the exit code."""
+    source_dir, folder = cfg.folder("input_dir"), cfg.folder("decompressed_dir")
+    check_folders(source_dir, folder)
+    make_folders(cfg)
+    try:
+        with Ledger(cfg) as ledger:
+            ledger.read_labelled()
+            crew = Crew(convert, cfg.jobs or os.cpu_count() or 1, cfg.item_timeout_s)
+            tasks = new_tasks(ledger, source_dir, cfg.max_image_mb)
+            with closing(crew.do_all(tasks)) as results:
+                for task, result in results:
+                    settle(ledger, task, result)
+            if not ledger.counts:
+                raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
+            ledger.write_lists()
+            report(ledger)
+            return utils.EXIT_SOME_FAILED if ledger.counts["rejected"] else 0
+    except sqlite3.OperationalError as error:
+        raise PipelineError(
+            f"{folder / STATE}: {error}: {_state_remedy(error)}"
+        ) from None
+
+
+def check_folders(source_dir: Path, folder: Path) -> None:
+    """Refuse a missing input, and an output that would become input."""
+    if not source_dir.is_dir():
+        raise PipelineError(f"{source_dir} is missing: put the DICOM files into it")
+    if folder.resolve().is_relative_to(source_dir.resolve()):
+        raise PipelineError(f"{folder} lies in {source_dir}: choose another folder")
+
+
+def make_folders(cfg: Config) -> None:
+    """Create what is missing and sweep up what a killed run left unfinished."""
+    folder, labelled = cfg.folder("decompressed_dir"), cfg.folder("labelled_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(TEMPORARY):
+        path.unlink(missing_ok=True)
+    if not labelled.exists():
+        for name in config.CLASS_NAMES:
+            (labelled / name).mkdir(parents=True)
+
+
+def new_tasks(ledger: Ledger, source_dir: Path, limit_mb: int) -> Iterator[Task]:
+    """A task for every file that is not settled yet, in order of their names."""
+    started = told = time.monotonic()
+    for count, path in enumerate(utils.find_files(source_dir, ledger.reject), 1):
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            log.info("%d files after %.0f s", count, told - started)
+        if not ledger.is_done(path):
+            name = TEMPORARY.replace("*", f"{os.getpid()}-{count}")
+            yield Task(path, ledger.folder / name, limit_mb)
+
+
+def settle(ledger: Ledger, task: Task, result: Outcome | str) -> None:
+    """Record the result, or the death of the worker, which may pass."""
+    if isinstance(result, str):
+        task.temporary.unlink(missing_ok=True)
+        result = Outcome(result, may_pass=True)
+    ledger.settle(task, result)
+
+
+def report(ledger: Ledger) -> None:
+    """Print what was done and what to do next."""
+    counts = ledger.counts
+    kinds = ", ".join(
+        f"{count} {name or '?'}" for name, count in ledger.totals().items()
+    )
+    print(f"{sum(counts.values())} files in {ledger.source_dir}:")
+    lines = {
+        "written": f"images written to {ledger.folder} now",
+        "known": "images were there before, here or labelled",
+        "labelled": f"images found in {ledger.labelled_dir}, not written again",
+        "duplicate": "files hold an image that is there already",
+        "rejected": f"files left out: see {ledger.folder / config.REJECTED_LIST}",
+    }
+    for key, text in lines.items():
+        if counts[key]:
+            print(f"  {counts[key]:6d} {text}")
+    for line in itertools.islice(ledger.rejected(), MAX_WARNINGS):
+        log.warning("left out: %s: %s", line["source"], line["reason"])
+    for warning in ledger.warnings():
+        log.warning("warning: %s", warning)
+    print(
+        f"In order of exposure: {ledger.folder / config.FILE_LIST} ({kinds or 'none'})"
+    )
+    print(
+        f"Next: move the files into {ledger.labelled_dir}/<CLASS>/ and run"
+        " python fase2_generar_vectores_vlm.py"
+    )
+
+
+def _state_remedy(error: sqlite3.OperationalError) -> str:
+    if "locked" in str(error):
+        return "another phase 1 is at work here; wait for it to end"
+    return "make sure that the folder can be written and the disk has space"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: flags, logging, one line for what a user can mend."""
+    cfg, _ = config.parse_config(1, __doc__ or "", argv)
+    utils.start_logging(log, cfg)
+    return utils.exit_code(lambda: run(cfg), log.error)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -220,7 +220,7 @@ def find_files(
     skipped : callable, optional
         Told of every path that a user may miss, and why it was passed over.
     """
-    tell = skipped or (lambda path, reason: None)
+    tell = skipped or (lambda *_: None)
 
     def unreadable(error: OSError) -> None:
         tell(Path(error.filename), f"the folder can't be read: {error.strerror}")
@@ -251,7 +251,10 @@ def read_dicom(path: Path) -> pydicom.Dataset:
     RejectedError
         The file is no DICOM file, can't be read or holds no image.
     """
-    data, encoding = open_dicom(path, config.Config.max_image_mb)
+    try:
+        data, encoding = open_dicom(path, config.Config.max_image_mb)
+    except OSError as error:
+        raise RejectedError(f"can't be read: {error.strerror}") from None
     stream = io.BytesIO(memoryview(data)[encoding.start :])
     try:
         dataset = read_dataset(stream, encoding.implicit, not encoding.big_endian)
@@ -289,8 +292,8 @@ def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
             return pixel_array(dataset, index=index)
         frames = compressed_frames(memoryview(dataset.PixelData), layout.frames)
         stream = b"".join(frames[index])
-        layout = layout.decoded(stream)
         pixels = decode_stream(stream, layout)
+        layout = layout.decoded(stream_facts(stream, layout))
     except RejectedError:
         raise
     except Exception as error:  # each decoder raises errors of its own
@@ -416,7 +419,7 @@ def _dataset_start(data: Buffer) -> int:
 
 
 def _open_dataset(data: Buffer, limit: int) -> tuple[Buffer, Encoding]:
-    start, meta = _file_meta(data, _dataset_start(data))
+    start, meta = read_file_meta(data, _dataset_start(data))
     named = meta.get(0x00020010, b"").decode("latin-1").strip("\0 ")
     notes = () if meta else ("had no file meta group",)
     if named == DeflatedExplicitVRLittleEndian and not _looks_explicit(data, start):
@@ -439,7 +442,7 @@ def _open_dataset(data: Buffer, limit: int) -> tuple[Buffer, Encoding]:
     return data, Encoding(start, implicit, big_endian, str(uid), meta, notes)
 
 
-def _file_meta(data: Buffer, at: int) -> tuple[int, dict[int, bytes]]:
+def read_file_meta(data: Buffer, at: int) -> tuple[int, dict[int, bytes]]:
     """End of the file meta group, and its elements; its group length isn't trusted."""
     meta: dict[int, bytes] = {}
     while bytes(data[at : at + 2]) == b"\2\0" and at + 8 <= len(data):
@@ -468,7 +471,7 @@ def _guess_encoding(data: Buffer, at: int) -> tuple[bool, bool]:
         struct.unpack_from("<H", data, at),
         struct.unpack_from(">H", data, at),
     )
-    return not _looks_explicit(data, at), big < little
+    return not _looks_explicit(data, at), big < little and big <= 0x20
 
 
 def _inflate(data: Buffer, limit: int) -> bytes:
@@ -544,9 +547,8 @@ class PixelLayout:
         """Bytes of all decoded frames."""
         return (self.frames * self.frame_bits + 7) // 8
 
-    def decoded(self, stream: Buffer) -> Self:
-        """The layout that pixels decoded from `stream` have."""
-        facts = stream_facts(stream, self)
+    def decoded(self, facts: "StreamFacts") -> Self:
+        """The layout of the decoded pixels, by what their codestream says."""
         changes: dict[str, Any] = {}
         if facts.codec in ("JPEG-LS", "JPEG 2000", "HTJ2K"):
             changes["bits_stored"] = max(self.bits_stored, facts.precision)
@@ -620,21 +622,21 @@ def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
     return items
 
 
-def decode_stream(stream: bytes, layout: PixelLayout) -> NDArray[Any]:
+def decode_stream(stream: Buffer, layout: PixelLayout) -> NDArray[Any]:
     """Decode one compressed frame.
 
     Parameters
     ----------
-    stream : bytes
+    stream : bytes-like
         The codestream; its markers, not the transfer syntax, say which codec it needs.
     layout : PixelLayout
-        What `PixelLayout.decoded` makes of this stream.
+        What the header says.
 
     Returns
     -------
     ndarray, (rows, columns) or (rows, columns, samples)
-        Little endian, as wide as bits_allocated; masked or sign-extended from the
-        stream's own precision.
+        Little endian, laid out as `PixelLayout.decoded` says; masked or sign-extended
+        from the stream's own precision.
 
     Raises
     ------
@@ -651,11 +653,10 @@ def decode_stream(stream: bytes, layout: PixelLayout) -> NDArray[Any]:
             f" the header says {layout.columns}×{layout.rows}×{layout.samples}"
         )
     pixels = _DECODERS[facts.codec](stream, facts, layout)
-    if pixels.shape == (shape[2], *shape[:2]):
+    if pixels.ndim == 3 and pixels.shape[-1] != layout.samples:
         pixels = np.moveaxis(pixels, 0, -1)
-    if layout.samples == 1:
-        shape = shape[:2]
-    return _container(pixels.reshape(shape), facts.precision, layout)
+    pixels = pixels.reshape(shape[:2] if layout.samples == 1 else shape)
+    return _container(pixels, facts.precision, layout.decoded(facts))
 
 
 def _container(
@@ -675,7 +676,7 @@ def _container(
 
 
 def _decode_jpeg(
-    stream: bytes, facts: StreamFacts, layout: PixelLayout
+    stream: Buffer, facts: StreamFacts, layout: PixelLayout
 ) -> NDArray[Any]:
     if layout.samples == 1:
         return np.asarray(imagecodecs.jpeg8_decode(stream))
@@ -686,18 +687,17 @@ def _decode_jpeg(
 
 
 def _decode_rle(
-    stream: bytes, facts: StreamFacts, layout: PixelLayout
+    stream: Buffer, facts: StreamFacts, layout: PixelLayout
 ) -> NDArray[Any]:
     dtype = f"<u{layout.bits_allocated // 8}"
     decoded = imagecodecs.dicomrle_decode(stream, dtype)
     if len(decoded) != layout.frame_bits // 8:
         raise RejectedError("is truncated: the RLE segments are too short or too long")
-    return np.frombuffer(decoded, dtype).reshape(
-        facts.samples, facts.rows, facts.columns
-    )
+    planes = np.frombuffer(decoded, dtype).reshape(-1, facts.rows, facts.columns)
+    return np.moveaxis(planes, 0, -1)
 
 
-_DECODERS: dict[str, Callable[[bytes, StreamFacts, PixelLayout], NDArray[Any]]] = {
+_DECODERS: dict[str, Callable[[Buffer, StreamFacts, PixelLayout], NDArray[Any]]] = {
     "JPEG": _decode_jpeg,
     "JPEG Lossless": _decode_jpeg,
     "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),

@@ -1,0 +1,410 @@
+"""Phase 4: what it answers, what it refuses, and what it leaves alone."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import phantoms
+import pytest
+from conftest import server_flags
+from fake_ollama import FakeOllama
+
+import config
+import fase2_generar_vectores_vlm as fase2
+import fase3_entrenamiento_svc as fase3
+import fase4_inferencia_vlm as fase4
+import utils
+
+K = ("--descriptions", "5")
+
+
+@pytest.fixture(scope="module")
+def shared_fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(shared_fake: FakeOllama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with a model of eight images a class."""
+    base = tmp_path_factory.mktemp("trained")
+    for label in phantoms.LABELS:
+        for seed in range(8):
+            path = base / "datos_etiquetados" / label / f"{label}{seed}.dcm"
+            phantoms.write(phantoms.exposure(label, seed, side=160), path)
+    flags = ["--base", str(base)]
+    asked = ["--descriptions", "10", "--generic-share", "0.5"]
+    assert fase2.main([*flags, *server_flags(shared_fake.url), *asked]) == 0
+    assert fase3.main([*flags, *K, "--quiet"]) == 0
+    return base
+
+
+@pytest.fixture
+def base(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the model that a test may break."""
+    shutil.copytree(trained / "modelo_final_vlm", tmp_path / "modelo_final_vlm")
+    return tmp_path
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Path:
+    """A folder with one new exposure per class, compressed."""
+    for label in phantoms.LABELS:
+        image = phantoms.exposure(label, 77, side=160)
+        phantoms.write(
+            phantoms.compress(image, "jpeg_lossless_sv1"), tmp_path / "new" / label
+        )
+    return tmp_path / "new"
+
+
+def phase4(base: Path, fake: FakeOllama, *more: object) -> int:
+    flags = ["--base", str(base), *server_flags(fake.url), *K]
+    return fase4.main([*flags, *map(str, more)])
+
+
+def json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# --- Answers ------------------------------------------------------------------------
+
+
+def test_each_file_has_one_line_with_its_class_and_all_confidences(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert phase4(base, shared_fake, new) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line, label in zip(lines, phantoms.LABELS, strict=True):
+        assert line.startswith(f"{new / label}: ")
+        assert all(f"{name} " in line for name in phantoms.LABELS)
+
+
+def test_json_lines_carry_the_documented_keys(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert phase4(base, shared_fake, "--json", new) == 0
+    for result in json_lines(capsys):
+        assert set(result) == {
+            "file", "image_id", "class", "best_class", "confidences", "novelty",
+            "reason", "nearest", "descriptions", "warnings",
+        }  # fmt: skip
+        assert sum(result["confidences"].values()) == pytest.approx(1)
+        assert len(result["descriptions"]) == 5
+
+
+def test_the_class_named_has_the_largest_confidence(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase4(base, shared_fake, "--json", new)
+    for result in json_lines(capsys):
+        shares = result["confidences"]
+        assert result["best_class"] == max(shares, key=shares.get)
+        assert result["class"] in (result["best_class"], config.INCONCLUSIVE)
+        assert bool(result["reason"]) == (result["class"] == config.INCONCLUSIVE)
+
+
+def test_only_generic_prompts_are_asked(base: Path, new: Path) -> None:
+    with FakeOllama() as fake:
+        phase4(base, fake, new)
+        asked = {a["prompt"] for a in fake.stats()["asked"] if a["prompt"]}
+    assert asked == {q.prompt for q in utils.questions("generic", 5)}
+
+
+def test_training_images_are_recognised(
+    base: Path,
+    trained: Path,
+    shared_fake: FakeOllama,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    phase4(base, shared_fake, "--json", trained / "datos_etiquetados")
+    results = json_lines(capsys)
+    right = [Path(r["file"]).parent.name == r["best_class"] for r in results]
+    assert np.mean(right) > 0.8
+
+
+def test_the_same_image_has_the_same_answer(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase4(base, shared_fake, "--json", new)
+    first = json_lines(capsys)
+    phase4(base, shared_fake, "--json", new)
+    assert json_lines(capsys) == first
+
+
+def test_a_threshold_that_nothing_reaches_makes_everything_inconclusive(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(base, lambda metrics: metrics["thresholds"].update(confidence=1.0))
+    assert phase4(base, shared_fake, new) == 0
+    out = capsys.readouterr().out
+    assert out.count(f": {config.INCONCLUSIVE} · ") == 3
+    assert "below 1.00" in out
+
+
+def test_verbose_shows_descriptions_and_nearest_training_images(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase4(base, shared_fake, "--verbose", new / "TOR")
+    out = capsys.readouterr().out
+    assert out.count("    - ") == 5
+    assert "nearest in training: " in out
+
+
+def test_results_come_in_the_order_of_the_files(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeOllama(
+        num_parallel=3, time_model="gpu", time_scale=0.02, load_s=0
+    ) as fake:
+        phase4(base, fake, "--server-parallel", 3, "--json", new, new)
+    files = [Path(result["file"]).name for result in json_lines(capsys)]
+    assert files == [*phantoms.LABELS, *phantoms.LABELS]
+
+
+# --- Files --------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_per_file_and_a_column_per_class(
+    base: Path, shared_fake: FakeOllama, new: Path, tmp_path: Path
+) -> None:
+    (new / "bad").write_text("no DICOM")
+    table = tmp_path / "out" / "r.csv"
+    assert phase4(base, shared_fake, "--csv", table, new) == 1
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = {Path(row["file"]).name: row for row in csv.DictReader(file)}
+    assert set(rows) == {"bad", *phantoms.LABELS}
+    assert rows["bad"]["error"]
+    assert rows["bad"]["class"] == ""
+    shares = [float(rows["TOR"][f"confidence_{label}"]) for label in phantoms.LABELS]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_copies_go_into_the_folder_of_their_class_and_originals_stay(
+    base: Path,
+    shared_fake: FakeOllama,
+    new: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {p.name: p.read_bytes() for p in new.iterdir()}
+    phase4(base, shared_fake, "--json", "--copy-to", tmp_path / "sorted", new)
+    for result in json_lines(capsys):
+        name = Path(result["file"]).name
+        folder = result["class"].replace(" ", "_")
+        assert (tmp_path / "sorted" / folder / name).read_bytes() == before[name]
+    assert {p.name: p.read_bytes() for p in new.iterdir()} == before
+
+
+def test_a_copy_never_replaces_another_file(
+    base: Path, shared_fake: FakeOllama, new: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "sorted"
+    phase4(base, shared_fake, "--copy-to", target, new / "TOR")
+    phase4(base, shared_fake, "--copy-to", target, new / "TOR")
+    copies = [p for p in target.rglob("*") if p.is_file()]
+    assert len(copies) == 1
+    copies[0].write_bytes(b"of a person")
+    phase4(base, shared_fake, "--copy-to", target, new / "TOR")
+    assert copies[0].read_bytes() == b"of a person"
+    assert len([p for p in target.rglob("*") if p.is_file()]) == 2
+
+
+def test_a_file_that_fails_costs_one_line_and_code_1(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (new / "empty").touch()
+    assert phase4(base, shared_fake, new, new / "gone.dcm") == 1
+    out = capsys.readouterr().out
+    assert f"{new / 'empty'}: failed: " in out
+    assert f"{new / 'gone.dcm'}: failed: " in out
+    assert len(out.splitlines()) == 5
+
+
+def test_a_server_that_fails_one_image_fails_that_one_only(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeOllama(script=[("/api/chat", 3, "nested")]) as fake:
+        assert phase4(base, fake, "--json", new) == 1
+    assert sum("error" in result for result in json_lines(capsys)) == 1
+
+
+def test_an_empty_folder_is_refused(
+    base: Path,
+    shared_fake: FakeOllama,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert phase4(base, shared_fake, tmp_path / "nothing") == 2
+    assert "nothing holds no file" in caplog.text
+
+
+# --- Models that don't fit ----------------------------------------------------------
+
+
+def edit(base: Path, change: Any) -> None:
+    path = base / "modelo_final_vlm" / config.METRICS
+    metrics = json.loads(path.read_text("utf-8"))
+    change(metrics)
+    path.write_text(json.dumps(metrics), "utf-8")
+
+
+def refused(base: Path, fake: FakeOllama, new: Path, *more: object) -> bool:
+    return phase4(base, fake, *more, new) == 2
+
+
+def test_without_a_model_it_says_which_phase_to_run(
+    shared_fake: FakeOllama,
+    new: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert refused(tmp_path, shared_fake, new)
+    assert "python fase3_entrenamiento_svc.py" in caplog.text
+
+
+@pytest.mark.parametrize("name", [config.CLASSIFIER, config.SCALER])
+def test_a_tampered_model_file_is_not_loaded(
+    base: Path,
+    shared_fake: FakeOllama,
+    new: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = base / "modelo_final_vlm" / name
+    path.write_bytes(path.read_bytes() + b"x")
+    assert refused(base, shared_fake, new)
+    assert f"{name} is not the file that phase 3 wrote" in caplog.text
+
+
+def test_a_missing_model_file_is_named(
+    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (base / "modelo_final_vlm" / config.SCALER).unlink()
+    assert refused(base, shared_fake, new)
+    assert f"{config.SCALER} is missing" in caplog.text
+
+
+def test_a_model_of_another_scikit_learn_comes_with_the_exact_remedy(
+    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(base, lambda m: m["libraries"].update({"scikit-learn": "1.2.3"}))
+    assert refused(base, shared_fake, new)
+    assert "pip install scikit-learn==1.2.3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--temperature", "0.1"), "options temperature: trained with 0.7, now 0.1"),
+        (("--num-ctx", "4096"), "options num_ctx: trained with 2048, now 4096"),
+        (("--vlm", "other"), "vlm: trained with demo-vlm, now other"),
+        (("--embed-model", "other"), "embedder: trained with demo-embed, now other"),
+    ],
+)
+def test_other_flags_than_in_training_are_refused_by_name(
+    base: Path,
+    shared_fake: FakeOllama,
+    new: Path,
+    flags: tuple[str, str],
+    words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert refused(base, shared_fake, new, *flags)
+    assert words in caplog.text
+
+
+def test_other_prompts_than_in_training_are_refused(
+    base: Path,
+    shared_fake: FakeOllama,
+    new: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changed = {**config.PROMPT_SETS, "generic": ("What?",) * 10}
+    monkeypatch.setattr(config, "PROMPT_SETS", changed)
+    assert refused(base, shared_fake, new)
+    assert "generic_prompts: other texts" in caplog.text
+
+
+def test_another_image_preparation_is_refused(
+    base: Path,
+    shared_fake: FakeOllama,
+    new: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(config, "WINDOW_MIN_NOISE_SDS", 7.0)
+    assert refused(base, shared_fake, new)
+    assert "preparation window_min_noise_sds" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("demo-vlm", "vlm_digest"), ("demo-embed", "embedder_digest")],
+)
+def test_a_model_replaced_since_training_is_refused(
+    base: Path, new: Path, model: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeOllama(digests={model: "d" * 64}) as fake:
+        assert refused(base, fake, new)
+    assert words in caplog.text
+
+
+def test_force_answers_all_the_same_and_says_so_in_the_output(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeOllama(digests={"demo-vlm": "d" * 64}) as fake:
+        assert phase4(base, fake, "--force", "--json", new) == 0
+    for result in json_lines(capsys):
+        assert "vlm_digest" in result["warnings"][0]
+
+
+def test_an_embedder_that_drifted_is_refused(
+    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe = np.zeros(256, np.float32)
+    probe[0] = 1
+    edit(base, lambda m: m.update(probe_vector=utils.pack_vector(probe)))
+    assert refused(base, shared_fake, new)
+    assert "the probe sentence has another embedding" in caplog.text
+
+
+def test_an_embedder_of_another_size_is_refused_even_with_force(
+    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe = utils.pack_vector(np.ones(3, np.float32))
+    edit(base, lambda m: m.update(probe_vector=probe))
+    assert refused(base, shared_fake, new, "--force")
+    assert "gives 256 numbers, the model was trained on 3" in caplog.text
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_is_known(
+    base: Path, new: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "r.csv"
+    with FakeOllama(time_model="gpu", time_scale=0.2, load_s=0.0) as fake:
+        command = [sys.executable, fase4.__file__, "--base", str(base), *K]
+        command += [*server_flags(fake.url), "--csv", str(table), str(new)]
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert 1 <= len(utils.read_csv(table)) < 3
