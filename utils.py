@@ -1552,7 +1552,7 @@ class Neighbours:
         """Euclidean distances of projected rows to `rows`, float64 (k, n_rows)."""
         squares = np.einsum("ij,ij->i", projected, projected)[:, None] + self._squares
         squares -= 2 * (projected @ self.rows.T)
-        return np.sqrt(np.maximum(squares, 0, dtype=np.float64))
+        return np.asarray(np.sqrt(np.maximum(squares, 0, dtype=np.float64)))
 
     def nearest(self, distances: NDArray[np.float64], count: int = 3) -> list[str]:
         """Names of the training images whose rows lie closest on average."""
@@ -1613,7 +1613,7 @@ def refusal(confidence: float, novelty: float, thresholds: Mapping[str, float]) 
     if novelty > thresholds["novelty"]:
         limit = thresholds["novelty"]
         return f"unlike every training image (distance {novelty:.1f} > {limit:.1f})"
-    if thresholds["confidence"] > 1:
+    if thresholds["confidence"] >= config.NEVER:
         return "no confidence of this model kept the errors within the accepted share"
     if confidence < thresholds["confidence"]:
         return f"confidence {confidence:.2f} is below {thresholds['confidence']:.2f}"

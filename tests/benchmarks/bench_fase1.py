@@ -1,0 +1,236 @@
+"""How much processor time phase 1 takes, against other ways to decompress.
+
+Makes its own images (noise and a gradient, as detectors give them), lets each way
+decompress the same folder, and prints CPU and wall time and the ratio to the obvious
+script. CPU time is that of the process and all its descendants. `dcmdjpeg`, `dcmdrle`
+and `gdcmconv` are measured where they are installed.
+
+    python tests/benchmarks/bench_fase1.py --rounds 3
+
+The table can only be read from one run: times of two runs can't be compared.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pydicom
+from pydicom import uid
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_encoder
+
+ROOT = Path(__file__).parents[2]
+OBVIOUS = """
+import sys, pathlib, pydicom
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    dataset = pydicom.dcmread(path)
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        dataset.decompress(generate_instance_uid=False)
+    dataset.save_as(pathlib.Path(sys.argv[2]) / path.name)
+"""
+SYNTAXES = {
+    "JPEG Lossless": uid.JPEGLosslessSV1,
+    "JPEG-LS": uid.JPEGLSLossless,
+    "RLE": uid.RLELossless,
+    "JPEG 2000": uid.JPEG2000Lossless,
+    "uncompressed": uid.ExplicitVRLittleEndian,
+}
+PEERS = {
+    "JPEG Lossless": ("dcmdjpeg", "gdcmconv"),
+    "JPEG-LS": ("dcmdjpls", "gdcmconv"),
+    "RLE": ("dcmdrle", "gdcmconv"),
+    "JPEG 2000": ("gdcmconv",),
+    "uncompressed": ("dcmconv", "gdcmconv"),
+}
+TARGETS = {
+    "JPEG Lossless": 0.30,
+    "JPEG-LS": 0.60,
+    "RLE": 0.60,
+    "JPEG 2000": 0.70,
+    "uncompressed": 0.85,
+}
+
+
+def exposure(side: int, seed: int) -> np.ndarray:
+    """A noisy gradient, uint16 (side, side), 14 bits used."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(3000, 9000, side)[:, None]
+    return (ramp + rng.normal(0, 60, (side, side))).astype(np.uint16)
+
+
+def encode(pixels: np.ndarray, syntax: str) -> bytes:
+    """Pixel data of one frame in a transfer syntax."""
+    if syntax == "JPEG Lossless":
+        frame = imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=16)
+    elif syntax == "JPEG-LS":
+        frame = imagecodecs.jpegls_encode(pixels)
+    elif syntax == "JPEG 2000":
+        frame = imagecodecs.jpeg2k_encode(
+            pixels, codecformat="J2K", reversible=True, level=0
+        )
+    elif syntax == "RLE":
+        options = {
+            "rows": pixels.shape[0],
+            "columns": pixels.shape[1],
+            "samples_per_pixel": 1,
+            "bits_allocated": 16,
+            "bits_stored": 16,
+            "pixel_representation": 0,
+            "number_of_frames": 1,
+            "photometric_interpretation": "MONOCHROME2",
+        }
+        encoder = get_encoder(uid.RLELossless)
+        frame = encoder.encode(pixels.tobytes(), index=0, **options)
+    else:
+        return pixels.tobytes()
+    return encapsulate([frame])
+
+
+def write_samples(folder: Path, syntax: str, count: int, side: int) -> None:
+    """`count` files in one transfer syntax; four different images, repeated."""
+    folder.mkdir(parents=True)
+    frames = [encode(exposure(side, seed), syntax) for seed in range(min(count, 4))]
+    for number in range(count):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = SYNTAXES[syntax]
+        meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForPresentation
+        meta.MediaStorageSOPInstanceUID = f"2.25.{number + 1}"
+        dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        dataset.SOPClassUID = meta.MediaStorageSOPClassUID
+        dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+        dataset.Modality, dataset.KVP = "DX", 70
+        dataset.AcquisitionDate = "20240105"
+        dataset.AcquisitionTime = f"{100000 + number}"
+        dataset.Rows = dataset.Columns = side
+        dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+        dataset.PixelData = frames[number % len(frames)]
+        dataset["PixelData"].VR = "OW" if syntax == "uncompressed" else "OB"
+        dataset.save_as(folder / f"{number:04d}.dcm", enforce_file_format=True)
+
+
+def measure(command: Callable[[], None]) -> tuple[float, float]:
+    """(CPU, wall) seconds of a call, with those of all its descendants."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    command()
+    wall = time.perf_counter() - started
+    _reap_orphans()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu, wall
+
+
+def adopt_orphans() -> None:
+    """Linux: become the parent of descendants whose parent ends, to count them too."""
+    import ctypes  # noqa: PLC0415 - nothing else needs it
+
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def _reap_orphans() -> None:
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def ways(samples: Path, work: Path, jobs: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every way to decompress `samples`, the obvious script first."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def call(*command: object) -> None:
+        subprocess.run(
+            [str(part) for part in command],
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    output = work / "output"
+
+    def obvious() -> None:
+        output.mkdir()
+        call(sys.executable, "-c", OBVIOUS, samples, output)
+
+    def fase1(count: int) -> Callable[[], None]:
+        script = ROOT / "fase1_descompresion.py"
+        flags = ("--base", work, "--input-dir", samples, "--jobs", count)
+        return lambda: call(sys.executable, script, *flags)
+
+    def peer(name: str) -> Callable[[], None]:
+        raw = ("--raw",) if name == "gdcmconv" else ()
+
+        def convert_all() -> None:
+            output.mkdir()
+            for path in sorted(samples.iterdir()):
+                call(name, *raw, path, output / path.name)
+
+        return convert_all
+
+    yield "obvious script", obvious
+    yield "fase1, 1 job", fase1(1)
+    if jobs > 1:
+        yield f"fase1, {jobs} jobs", fase1(jobs)
+    for name in PEERS[samples.name]:
+        if shutil.which(name):
+            yield name, peer(name)
+
+
+def bench(syntax: str, args: argparse.Namespace, folder: Path) -> None:
+    """Measure one transfer syntax and print its rows."""
+    samples = folder / "samples" / syntax
+    count = args.count if syntax == "JPEG Lossless" else max(2, args.count // 4)
+    write_samples(samples, syntax, count, args.side)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(args.rounds):
+        for name, command in ways(samples, folder / "work", args.jobs):
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            (folder / "work").mkdir()
+            found.setdefault(name, []).append(measure(command))
+    print(f"\n{syntax}: {count} images of {args.side}x{args.side}, 16 bit")
+    base = statistics.median(cpu for cpu, _ in found["obvious script"])
+    for name, times in found.items():
+        cpu = statistics.median(one for one, _ in times)
+        wall = statistics.median(one for _, one in times)
+        goal = f"  target {TARGETS[syntax]:.2f}" if name == "fase1, 1 job" else ""
+        print(f"  {name:16s} CPU {cpu:7.2f} s  wall {wall:7.2f} s  {cpu / base:5.2f}{goal}")
+    shutil.rmtree(samples)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=60, help="JPEG Lossless images")
+    parser.add_argument("--side", type=int, default=3000, help="pixels a side")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", choices=SYNTAXES, help="one transfer syntax")
+    parser.add_argument("--folder", type=Path, help="where to work")
+    args = parser.parse_args()
+    adopt_orphans()
+    print(f"Python {sys.version.split()[0]}, pydicom {pydicom.__version__},", end=" ")
+    print(f"imagecodecs {imagecodecs.__version__}, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for syntax in [args.only] if args.only else SYNTAXES:
+            bench(syntax, args, Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
