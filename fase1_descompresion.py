@@ -30,7 +30,7 @@ import struct
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -688,7 +688,7 @@ class Image:
 
     def _decoded(self, value: memoryview) -> tuple[Iterator[Buffer], Changes, int]:
         parts = utils.compressed_frames(value, self.layout.frames)
-        streams = (one[0] if len(one) == 1 else b"".join(one) for one in parts)
+        streams = map(b"".join, parts)
         first = next(streams)
         facts = utils.stream_facts(first, self.layout)
         codec = facts.codec
@@ -697,22 +697,27 @@ class Image:
             self.header.notes.append(f"said {syntax.name}, is {codec}")
         before, self.layout = self.layout, self.layout.decoded(facts)
         self.decoder = f"imagecodecs, {codec}"
-        frames = (
+        frames: Iterable[Buffer] = (
             self._decode(one, before) for one in itertools.chain([first], streams)
         )
+        if self.layout.bits_stored > before.bits_stored:
+            # Many writers say 16 bits for 12: the header is wrong only if they are used.
+            frames = list(frames)
+            if all(fits(one, before) for one in frames):
+                self.layout = replace(self.layout, bits_stored=before.bits_stored)
         changes = layout_changes(before, self.layout)
         if before.bits_stored != self.layout.bits_stored:
             stored = f"{before.bits_stored} -> {self.layout.bits_stored}"
             self.header.notes.append(f"bits stored {stored}, as in the codestream")
-        return frames, self._missing() | changes, self.layout.size
+        return iter(frames), self._missing() | changes, self.layout.size
 
-    def _decode(self, stream: Buffer, layout: PixelLayout) -> Buffer:
+    def _decode(self, stream: bytes, layout: PixelLayout) -> Buffer:
         try:
             pixels = utils.decode_stream(stream, layout)
         except RejectedError:
             raise
         except Exception as error:  # each decoder raises errors of its own
-            pixels = self._decode_by_plugins(bytes(stream), error)
+            pixels = self._decode_by_plugins(stream, error)
             self.decoder = "pydicom plugins"
         if pixels.nbytes * self.layout.frames != self.layout.size:
             raise RejectedError("has frames of different sizes")
@@ -805,6 +810,15 @@ class Image:
             key: "" if value is None else f"{value:.6g}"
             for key, value in numbers.items()
         }
+
+
+def fits(frame: Buffer, layout: PixelLayout) -> bool:
+    """Whether no sample of a frame needs more than bits_stored."""
+    size = layout.bits_allocated // 8
+    samples = np.frombuffer(frame, f"<{'i' if layout.signed else 'u'}{size}")
+    low = -(1 << layout.bits_stored - 1) if layout.signed else 0
+    high = low + (1 << layout.bits_stored)
+    return bool(low <= samples.min() and samples.max() < high)
 
 
 def _kind(header: Header) -> str:
@@ -905,7 +919,9 @@ class Crew(Generic[Work, Result]):
         self._do, self._size, self._timeout_s = do, size, timeout_s
         self._workers: list[_Worker[Work, Result]] = []
 
-    def do_all(self, works: Iterable[Work]) -> Iterator[tuple[Work, Result | str]]:
+    def do_all(
+        self, works: Iterable[Work]
+    ) -> Generator[tuple[Work, Result | str], None, None]:
         """Do every piece of work; answers come in its order.
 
         A text in place of a result says how the worker died.

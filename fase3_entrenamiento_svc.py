@@ -158,7 +158,7 @@ def load_array(path: Path) -> NDArray[Any]:
 def find_problem(
     rows: NDArray[Any], y: NDArray[Any], table: list[dict[str, str]]
 ) -> str:
-    """How the files break the contract or contradict each other; empty if they don't."""
+    """How the files break the contract or contradict each other; empty if fine."""
     if rows.dtype != np.float32 or rows.ndim != 2:
         return f"{config.DATASET_X} is {rows.dtype} {rows.shape}, not float32 (n, d)"
     if y.dtype.kind != "U" or y.ndim != 1:
@@ -254,8 +254,9 @@ class Space:
     @property
     def weight(self) -> Floats:
         """Sample weights: both kinds of vectors weigh alike in all."""
-        ratio = np.count_nonzero(~self.generic) / max(np.count_nonzero(self.generic), 1)
-        return np.where(self.generic & (ratio > 0), ratio, 1.0)
+        n_generic = int(self.generic.sum())
+        ratio = (len(self.generic) - n_generic) / max(n_generic, 1)
+        return np.where(self.generic, ratio or 1.0, 1.0)
 
     def probe_rows(self, probe: str, images: Booleans) -> Integers:
         """Rows of `gram` that hold this probe of these images."""
@@ -524,7 +525,7 @@ def difference(first: Booleans, second: Booleans) -> dict[str, Any]:
     Agresti and Min, Statistics in Medicine 24 (2005) 729: half an image is added to
     each cell of the paired table, so that no difference at all still has an interval.
     """
-    n = first.shape[-1] + 2.0
+    n = first.shape[1] + 2.0
     gained = float(np.mean(first & ~second, axis=0).sum()) + 0.5
     lost = float(np.mean(~first & second, axis=0).sum()) + 0.5
     centre = (gained - lost) / n
@@ -644,7 +645,7 @@ def cross_fit(
     """
     probabilities, answered = np.zeros_like(scores), np.zeros(scores.shape[:2], bool)
     for repeat, others, held_out in study.splits():
-        seen = scores[repeat : repeat + 1, others]
+        seen = scores[:, others]
         factor, limits = thresholds(
             seen, study.labels[others], novelty[others], max_error
         )
@@ -734,9 +735,9 @@ def check_prompts(study: Experiment) -> Check:
     )
     if wilson(generic, len(study.labels))[0] <= chance:
         warning = (
-            "THE CLASS FOLLOWS THE PROMPT, NOT THE IMAGE: trained on the prompts of its "
-            f"class the model is right in {own:.2f} of such rows and in {generic:.2f} "
-            "of generic ones, which is chance"
+            "THE CLASS FOLLOWS THE PROMPT, NOT THE IMAGE: trained on the prompts "
+            f"of its class the model is right in {own:.2f} of such rows and in "
+            f"{generic:.2f} of generic ones, which is chance"
         )
     return Check(
         "prompts",
@@ -766,7 +767,7 @@ def check_pixels(study: Experiment, statistics: Floats, right: Booleans) -> Chec
         f"{plain.mean():.2f}; the descriptions add {100 * gain['value']:+.0f} points "
         f"({low:+.0f} to {high:+.0f})",
         warning if low <= 0 else "",
-        {"accuracy": figure(float(plain.mean()), plain.shape[1]), "gain": gain},
+        {"accuracy": figure(float(plain.mean()), len(study.labels)), "gain": gain},
     )
 
 
@@ -1108,8 +1109,8 @@ def find_warnings(dataset: Dataset, metrics: Mapping[str, Any]) -> Iterable[str]
         )
     if metrics["k_measured"] < metrics["k"]:
         yield (
-            f"measured with the {metrics['k_measured']} descriptions that the dataset has "
-            f"of an image; phase 4 asks {metrics['k']}"
+            f"measured with {metrics['k_measured']} descriptions, all that the "
+            f"dataset has of an image; phase 4 asks {metrics['k']}"
         )
     if splits["folds"] < splits["folds_asked"]:
         yield f"{splits['folds']} folds only: the smallest class has no more"
@@ -1235,22 +1236,26 @@ def run(cfg: Config) -> int:
 
     log.info("evaluating on images held out")
     scores = held_out_scores(study, study.space.probes)
-    judged = scores["protocol"]
-    metrics["evaluation"] = evaluation_figures(judged, dataset)
+    metrics["evaluation"] = evaluation_figures(scores["protocol"], dataset)
     metrics["comparison"] = compare(study, scores, dataset)
 
     log.info("checking for leaks")
-    checks = run_checks(study, dataset, correct(judged, dataset.labels), cfg)
-    metrics["checks"] = [asdict(check) for check in checks]
+    right = correct(scores["protocol"], dataset.labels)
+    metrics["checks"] = [
+        asdict(each) for each in run_checks(study, dataset, right, cfg)
+    ]
 
     log.info("fitting on all images")
-    far = leave_out_novelty(neighbours, study.groups, metrics["k_measured"])
-    answers = cross_fit(study, judged, far, cfg.max_error)
-    metrics["confidence"] = confidence_figures(*answers, dataset.labels)
-    factor, limits = thresholds(judged, dataset.labels, far, cfg.max_error)
     model = choose_model(study, np.ones(len(dataset.labels), bool))
+    chosen = replace(study, models=[model])
+    if len(study.models) > 1:  # those scores are of several models, each on its scale
+        scores = held_out_scores(chosen, ["protocol"])
+    far = leave_out_novelty(neighbours, study.groups, metrics["k_measured"])
+    answers = cross_fit(chosen, scores["protocol"], far, cfg.max_error)
+    metrics["confidence"] = confidence_figures(*answers, dataset.labels)
+    factor, limits = thresholds(scores["protocol"], dataset.labels, far, cfg.max_error)
     names = np.array(dataset.classes)[dataset.labels]
-    classifier = fit_classifier(study.spaces[model.pool], model, names, factor)
+    classifier = fit_classifier(chosen.space, model, names, factor)
     metrics |= {"thresholds": limits, "model": asdict(model) | {"factor": factor}}
 
     metrics["warnings"] = list(find_warnings(dataset, metrics))

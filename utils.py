@@ -16,6 +16,7 @@ import random
 import stat
 import struct
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import (
@@ -257,7 +258,8 @@ def read_dicom(path: Path) -> pydicom.Dataset:
         raise RejectedError(f"can't be read: {error.strerror}") from None
     stream = io.BytesIO(memoryview(data)[encoding.start :])
     try:
-        dataset = read_dataset(stream, encoding.implicit, not encoding.big_endian)
+        with _silence():
+            dataset = read_dataset(stream, encoding.implicit, not encoding.big_endian)
     except Exception as error:  # pydicom raises whatever a broken header provokes
         raise RejectedError(f"can't be read as DICOM: {error}") from None
     if "PixelData" not in dataset:
@@ -289,7 +291,8 @@ def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
         layout = PixelLayout.of(dataset.get)
         index = layout.frames // 2
         if not dataset["PixelData"].is_undefined_length:
-            return pixel_array(dataset, index=index)
+            with _silence():
+                return pixel_array(dataset, index=index)
         frames = compressed_frames(memoryview(dataset.PixelData), layout.frames)
         stream = b"".join(frames[index])
         pixels = decode_stream(stream, layout)
@@ -303,6 +306,14 @@ def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
     return pixels
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep to ourselves what pydicom remarks on headers that it can read all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 # Reading: PS3.10 7.1 (preamble, file meta group), PS3.5 7.1 (elements) and 10 (syntax).
 
 Buffer = bytes | bytearray | memoryview
@@ -310,11 +321,16 @@ Buffer = bytes | bytearray | memoryview
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
-LONG_VRS = frozenset("OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+LONG_VRS = frozenset(
+    (*("OB", "OD", "OF", "OL", "OV", "OW"), *("SQ", "SV", "UC", "UN", "UR", "UT", "UV"))
+)
 """Value representations whose explicit length has 32 bits (PS3.5 table 7.1-1)."""
 
 SHORT_VRS = frozenset(
-    "AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()
+    (
+        *("AE", "AS", "AT", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "LO"),
+        *("LT", "PN", "SH", "SL", "SS", "ST", "TM", "UI", "UL", "US"),
+    )
 )
 """Value representations whose explicit length has 16 bits (PS3.5 table 7.1-2)."""
 
@@ -553,7 +569,9 @@ class PixelLayout:
         if facts.codec in ("JPEG-LS", "JPEG 2000", "HTJ2K"):
             changes["bits_stored"] = max(self.bits_stored, facts.precision)
         if facts.precision > self.bits_allocated or self.bits_allocated % 8:
-            changes["bits_allocated"] = 8 if facts.precision <= 8 else 16
+            changes["bits_allocated"] = max(
+                8, 8 << (facts.precision - 1).bit_length() - 3
+            )
             changes["bits_stored"] = facts.precision
         if facts.becomes_rgb:
             changes["photometric"] = "RGB"
@@ -622,12 +640,12 @@ def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
     return items
 
 
-def decode_stream(stream: Buffer, layout: PixelLayout) -> NDArray[Any]:
+def decode_stream(stream: bytes, layout: PixelLayout) -> NDArray[Any]:
     """Decode one compressed frame.
 
     Parameters
     ----------
-    stream : bytes-like
+    stream : bytes
         The codestream; its markers, not the transfer syntax, say which codec it needs.
     layout : PixelLayout
         What the header says.
@@ -676,7 +694,7 @@ def _container(
 
 
 def _decode_jpeg(
-    stream: Buffer, facts: StreamFacts, layout: PixelLayout
+    stream: bytes, facts: StreamFacts, layout: PixelLayout
 ) -> NDArray[Any]:
     if layout.samples == 1:
         return np.asarray(imagecodecs.jpeg8_decode(stream))
@@ -686,9 +704,7 @@ def _decode_jpeg(
     )
 
 
-def _decode_rle(
-    stream: Buffer, facts: StreamFacts, layout: PixelLayout
-) -> NDArray[Any]:
+def _decode_rle(stream: bytes, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
     dtype = f"<u{layout.bits_allocated // 8}"
     decoded = imagecodecs.dicomrle_decode(stream, dtype)
     if len(decoded) != layout.frame_bits // 8:
@@ -697,7 +713,7 @@ def _decode_rle(
     return np.moveaxis(planes, 0, -1)
 
 
-_DECODERS: dict[str, Callable[[Buffer, StreamFacts, PixelLayout], NDArray[Any]]] = {
+_DECODERS: dict[str, Callable[[bytes, StreamFacts, PixelLayout], NDArray[Any]]] = {
     "JPEG": _decode_jpeg,
     "JPEG Lossless": _decode_jpeg,
     "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),

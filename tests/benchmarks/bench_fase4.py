@@ -1,0 +1,98 @@
+"""Phase 4 against the stand-in's clock: how soon it asks, how little it adds.
+
+Trains a small model with the stand-in, then classifies new exposures with k = 10 while
+the stand-in takes the time of a GPU, and prints:
+
+- start: seconds from the start of the process to its first request to the VLM;
+- added: time from the first to the last description, over the server's busy time.
+
+    python tests/benchmarks/bench_fase4.py
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
+
+import phantoms
+from conftest import server_flags
+from fake_ollama import FakeOllama
+
+import fase2_generar_vectores_vlm as fase2
+import fase3_entrenamiento_svc as fase3
+
+RUNS = 5
+NEW_IMAGES = 6
+
+
+def train(base: Path) -> None:
+    """A model of ten small images a class."""
+    for label in phantoms.LABELS:
+        for seed in range(10):
+            path = base / "datos_etiquetados" / label / f"{seed}.dcm"
+            phantoms.write(phantoms.exposure(label, seed, side=160), path)
+    with FakeOllama() as fake:
+        asked = ["--descriptions", "20", "--generic-share", "0.5", "--quiet"]
+        flags = ["--base", str(base), *server_flags(fake.url), *asked]
+        assert fase2.main(flags) == 0
+    assert fase3.main(["--base", str(base), "--quiet"]) == 0
+
+
+def new_images(folder: Path) -> list[str]:
+    """Full-size exposures, as a detector gives them."""
+    images = []
+    for seed in range(NEW_IMAGES):
+        image = phantoms.exposure(phantoms.LABELS[seed % 3], 900 + seed, side=2500)
+        images.append(str(phantoms.write(image, folder / f"{seed}.dcm")))
+    return images
+
+
+def measure(base: Path, images: list[str], slots: int) -> tuple[float, float, float]:
+    """Seconds to the first VLM request, of asking, and of the server being busy."""
+    clock = {"time_model": "gpu", "load_s": 0.0, "num_parallel": slots}
+    with FakeOllama(**clock) as fake:
+        command = [sys.executable, str(ROOT / "fase4_inferencia_vlm.py")]
+        flags = [*server_flags(fake.url), "--server-parallel", str(slots)]
+        started = time.monotonic()
+        with subprocess.Popen(
+            [*command, "--base", str(base), *flags, *images], stdout=subprocess.DEVNULL
+        ) as process:
+            first = asked = 0.0
+            while process.poll() is None:
+                stats = fake.stats()
+                now = time.monotonic() - started
+                if not first and stats["requests"].get("/api/chat"):
+                    first = now
+                if not asked and stats["slots_busy"] and stats["asked"]:
+                    asked, busy = now, stats["busy_s"]
+                answered = sum(a["answered"] for a in stats["asked"])
+                if answered < 10 * len(images):
+                    last, total = now, stats["busy_s"]
+                time.sleep(0.005)
+        return first, last - asked, total - busy
+
+
+def main() -> None:
+    """Print the medians of several runs."""
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        train(base)
+        images = new_images(base / "new")
+        for slots in (1, 4):
+            runs = [measure(base, images, slots) for _ in range(RUNS)]
+            start = sorted(first for first, _, _ in runs)[RUNS // 2]
+            added = sorted(asking / busy for _, asking, busy in runs)[RUNS // 2]
+            print(
+                f"{len(images)} images of 2500 pixels, k = 10, {slots} slot(s): first "
+                f"VLM request after {start:.2f} s, asking takes {added:.3f} times the "
+                f"server's busy time (medians of {RUNS})"
+            )
+
+
+if __name__ == "__main__":
+    main()
