@@ -67,6 +67,12 @@ STATE = ".fase1.sqlite"
 TEMPORARY = ".fase1-*.tmp"
 SAVE_SECONDS, TELL_SECONDS = 1.0, 5.0
 MAX_WARNINGS = 10
+MEGABYTE = 1 << 20
+PATIENCE_MB = 16
+"""So many megabytes in one part of the work earn it once more the time-out."""
+
+Alive = Callable[[float], None]
+
 QUEUE_PER_WORKER = 32
 """Results may wait for an earlier file that takes long, but not without end."""
 
@@ -272,11 +278,17 @@ class Header:
     """What had to be repaired or left out, for the manifest."""
 
     @classmethod
-    def of(cls, data: Buffer, syntax: Syntax, elements: Iterable[Element]) -> "Header":
-        """Index the elements of one dataset by tag."""
+    def of(
+        cls,
+        data: Buffer,
+        syntax: Syntax,
+        elements: Iterable[Element],
+        signed: bool = False,
+    ) -> Self:
+        """Index the elements of one dataset by tag; an item inherits `signed`."""
         header = cls(data, syntax, {element.tag: element for element in elements})
-        signed = header.get("PixelRepresentation") == 1
-        return replace(header, signed=signed)
+        own = header.get("PixelRepresentation")
+        return replace(header, signed=signed if own is None else own == 1)
 
     def get(self, keyword: str) -> Any:
         """First value: a number for binary VRs, else text; None where there is none."""
@@ -392,8 +404,12 @@ def _rewrite_items(header: Header, sequence: Element) -> Iterator[bytes]:
     items, _, _ = read_items(header.data, sequence.value, sequence.end, syntax)
     for start, end in items:
         elements, _ = read_elements(header.data, start, end, syntax, 1)
-        item = Header.of(header.data, syntax, elements)
-        changes = _decoded_icon(item)
+        item = Header.of(header.data, syntax, elements, header.signed)
+        try:
+            changes = _decoded_icon(item)
+        except Exception:  # each decoder raises errors of its own
+            changes = {PIXEL_DATA: b""}
+            header.notes.append("an icon that can't be decoded was left out")
         content = b"".join(rewrite(item, changes))
         yield struct.pack("<HHL", 0xFFFE, 0xE000, len(content)) + content
 
@@ -564,7 +580,8 @@ class Outcome:
     """Why it was left out; empty when its output stands under the temporary name."""
     may_pass: bool = False
     """The reason may be gone the next time: the file is tried again."""
-    disk_error: tuple[int, str] | None = None
+    disk_error: str = ""
+    """The output can't be written: no reason to go on."""
     identity: str = ""
     """SOPInstanceUID, or the digest of the output where there is none."""
     name: str = ""
@@ -572,10 +589,10 @@ class Outcome:
     record: Mapping[str, str] = field(default_factory=dict)
 
 
-def convert(task: Task, alive: Callable[[], None]) -> Outcome:
+def convert(task: Task, alive: Alive) -> Outcome:
     """Decode one file into a temporary file beside its destination.
 
-    `alive` is called whenever a part of the work is done.
+    `alive` is called before every part of the work with the megabytes it has.
     """
     try:
         outcome = _convert(task, alive)
@@ -584,7 +601,7 @@ def convert(task: Task, alive: Callable[[], None]) -> Outcome:
     except MemoryError:
         outcome = Outcome("needs more memory than there is", may_pass=True)
     except _DiskError as error:
-        outcome = Outcome("not written", disk_error=error.args)
+        outcome = Outcome("not written", disk_error=str(error))
     except OSError as error:
         outcome = Outcome(f"can't be read: {error.strerror}", may_pass=True)
     except Exception as error:  # each decoder raises errors of its own
@@ -596,10 +613,11 @@ def convert(task: Task, alive: Callable[[], None]) -> Outcome:
 
 
 class _DiskError(Exception):
-    """The output can't be written: errno and text."""
+    """The output can't be written."""
 
 
-def _convert(task: Task, alive: Callable[[], None]) -> Outcome:
+def _convert(task: Task, alive: Alive) -> Outcome:
+    alive(task.source.stat().st_size / MEGABYTE)
     data, encoding = utils.open_dicom(task.source, task.limit_mb)
     image = Image.read(data, encoding, task.limit_mb)
     chunks = image.chunks(alive)
@@ -609,10 +627,11 @@ def _convert(task: Task, alive: Callable[[], None]) -> Outcome:
             for chunk in itertools.chain([first], chunks):
                 file.write(chunk)
             file.flush()
+            alive(image.layout.size / MEGABYTE)
             os.fsync(file.fileno())
         return image.outcome(task.temporary)
     except OSError as error:
-        raise _DiskError(error.errno or 0, error.strerror or "") from None
+        raise _DiskError(error.strerror or error) from None
 
 
 @dataclass
@@ -626,7 +645,7 @@ class Image:
     decoder: str = "none needed"
 
     @classmethod
-    def read(cls, data: Buffer, encoding: Encoding, limit_mb: int) -> "Image":
+    def read(cls, data: Buffer, encoding: Encoding, limit_mb: int) -> Self:
         """Find the pixels, and refuse what can't or mustn't be decoded."""
         elements, end = read_image(data, encoding)
         syntax = Syntax(encoding.implicit, encoding.big_endian)
@@ -646,10 +665,11 @@ class Image:
             header.notes.append(f"{len(data) - end} bytes after the dataset left out")
         return cls(encoding, header, pixels, layout)
 
-    def chunks(self, alive: Callable[[], None]) -> Iterator[Buffer]:
+    def chunks(self, alive: Alive) -> Iterator[Buffer]:
         """The output file, piece by piece."""
+        alive(self.layout.size / MEGABYTE)
         value = memoryview(self.header.data)[self.pixels.value : self.pixels.end]
-        if self.pixels.undefined or bytes(value[:4]) == b"\xfe\xff\x00\xe0":
+        if self.pixels.undefined or self._is_wrapped(value):
             frames, changes, size = self._decoded(value)
         else:
             frames, changes, size = self._native(value)
@@ -660,10 +680,15 @@ class Image:
         yield from rewrite(before, changes)
         yield _element_header(PIXEL_DATA, vr, size + size % 2)
         for frame in itertools.chain([first], frames):
-            alive()
+            alive(len(frame) / MEGABYTE)
             yield frame
         yield b"\0" * (size % 2)
         yield from rewrite(after, {})
+
+    def _is_wrapped(self, value: memoryview) -> bool:
+        """Some writers give the length of fragments, which PS3.5 A.4 leaves undefined."""
+        is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
+        return is_item and UID(self.encoding.transfer_syntax).is_encapsulated
 
     def _split(self) -> tuple[Header, Header]:
         """What stands before the pixel data, and what after."""
@@ -701,7 +726,7 @@ class Image:
             self._decode(one, before) for one in itertools.chain([first], streams)
         )
         if self.layout.bits_stored > before.bits_stored:
-            # Many writers say 16 bits for 12: the header is wrong only if they are used.
+            # Many writers say 16 bits for 12; the header is wrong if they are used.
             frames = list(frames)
             if all(fits(one, before) for one in frames):
                 self.layout = replace(self.layout, bits_stored=before.bits_stored)
@@ -718,7 +743,7 @@ class Image:
             raise
         except Exception as error:  # each decoder raises errors of its own
             pixels = self._decode_by_plugins(stream, error)
-            self.decoder = "pydicom plugins"
+            self.decoder = "pydicom's plugins"
         if pixels.nbytes * self.layout.frames != self.layout.size:
             raise RejectedError("has frames of different sizes")
         return np.ascontiguousarray(pixels).data.cast("B")
@@ -746,7 +771,8 @@ class Image:
                 encapsulate([stream]), raw=layout.photometric != "RGB", **options
             )
         except Exception:
-            raise cause from None
+            text = f"can't be decoded: {type(cause).__name__}: {cause}"
+            raise RejectedError(text) from None
         return pixels.astype(f"<{pixels.dtype.kind}{layout.bits_allocated // 8}")
 
     def _missing(self) -> Changes:
@@ -843,12 +869,12 @@ def clean(text: object) -> str:
 
 def output_name(record: Mapping[str, str], identity: str) -> str:
     """Name that sorts by time, is safe on every system, and is never another's."""
-    parts = [record["timestamp"], record["detector"]]
+    parts = [record["detector"]]
     labels = {"KVP": "kvp", "mAs": "mas", "IE": "exposure_index"}
     parts += [label + record[key] for label, key in labels.items() if record[key]]
     safe = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.")[:40] for part in parts]
     digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:12]
-    return "_".join([*filter(None, safe), digest]) + ".dcm"
+    return "_".join([record["timestamp"], *filter(None, safe), digest]) + ".dcm"
 
 
 def file_meta(header: Header, encoding: Encoding) -> bytes:
@@ -903,11 +929,12 @@ class Crew(Generic[Work, Result]):
 
     Each has a watchdog that ends it when it shows no sign of life for `timeout_s`,
     whatever its decoder is doing, and whether or not its parent is still there.
+    A large frame is given more time: see PATIENCE_MB.
     """
 
     def __init__(
         self,
-        do: Callable[[Work, Callable[[], None]], Result],
+        do: Callable[[Work, Alive], Result],
         size: int,
         timeout_s: float,
     ) -> None:
@@ -1024,7 +1051,7 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def _serve(
-    do: Callable[[Any, Callable[[], None]], Any],
+    do: Callable[[Any, Alive], Any],
     timeout_s: float,
     connection: Connection,
 ) -> None:
@@ -1034,13 +1061,14 @@ def _serve(
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
 
-        def alive() -> None:
-            faulthandler.dump_traceback_later(timeout_s, exit=True, file=silence)
+        def alive(megabytes: float) -> None:
+            seconds = timeout_s * (1 + megabytes / PATIENCE_MB)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=silence)
 
         while True:
             try:
                 work = connection.recv()
-                alive()
+                alive(0)
                 connection.send(do(work, alive))
             except (EOFError, OSError):  # the parent is gone
                 return
@@ -1084,8 +1112,6 @@ class Ledger:
         self._sealed = True
 
     def __enter__(self) -> Self:
-        with suppress(FileNotFoundError):
-            (self.folder / STATE).stat()
         try:
             self._open()
         except sqlite3.OperationalError:
@@ -1202,7 +1228,11 @@ class Ledger:
     def _record(
         self, source: Path, output: str, reason: str = "", may_pass: bool = False
     ) -> None:
-        self._unseal()
+        if not self._one(
+            "SELECT 1 FROM sources WHERE path = ? AND output = ? AND reason = ?",
+            *(self._key(source), output, clean(reason)),
+        ):
+            self._unseal()
         try:
             facts = source.stat()
             size, mtime = facts.st_size, facts.st_mtime_ns
@@ -1232,12 +1262,15 @@ class Ledger:
     def settle(self, task: Task, outcome: Outcome) -> None:
         """Give a converted file its final name, unless its image is there already."""
         if outcome.disk_error:
-            raise OSError(*outcome.disk_error, str(self.folder))
+            raise PipelineError(
+                f"{self.folder} can't be written: {outcome.disk_error}: free some space"
+                " or choose another folder, then run the same command again"
+            )
         if outcome.reason:
             self.reject(task.source, outcome.reason, outcome.may_pass)
             return
         recorded, places = self._copies(outcome.identity)
-        name = self._same(task, outcome, recorded, places)
+        name = self._same(task, recorded, places)
         if name:
             task.temporary.unlink()
             self.counts["duplicate" if name in recorded else "labelled"] += 1
@@ -1266,9 +1299,7 @@ class Ledger:
             places[Path(os.fsdecode(path))] = name
         return recorded, places
 
-    def _same(
-        self, task: Task, outcome: Outcome, recorded: list[str], places: dict[Path, str]
-    ) -> str:
+    def _same(self, task: Task, recorded: list[str], places: dict[Path, str]) -> str:
         """Name of the output that has the same content, if there is one."""
         digest = content_digest(task.temporary) if places else ""
         for path, name in places.items():
@@ -1288,7 +1319,7 @@ class Ledger:
             source = self._one("SELECT source FROM outputs WHERE name = ?", name)
             if source == self._key(task.source):
                 return name
-        names = (f"{outcome.name[:-4]}-{count}.dcm" for count in itertools.count(2))
+        names = (f"{outcome.name[:-4]}_{count}.dcm" for count in itertools.count(2))
         for name in itertools.chain([outcome.name], names):
             if not self._one("SELECT 1 FROM outputs WHERE name = ?", name):
                 return name
@@ -1306,6 +1337,10 @@ class Ledger:
 
     def write_lists(self) -> None:
         """Write manifiesto.csv and rechazados.csv, unless nothing has changed."""
+        if self._one(
+            "SELECT 1 FROM sources WHERE reason != '' AND run = ?", self._run - 1
+        ):  # gone since the last run, and so should be its line
+            self._unseal()
         if self._sealed and (self.folder / config.FILE_LIST).exists():
             return
         self._forget_lost_outputs()

@@ -308,7 +308,7 @@ def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep to ourselves what pydicom remarks on headers that it can read all the same."""
+    """Keep to ourselves what pydicom remarks on headers that it reads all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -1086,27 +1086,41 @@ class VlmServer:
         PipelineError
             Naming what is missing, and the command that mends it.
         """
+        version = await self.check_models(progress)
+        try:
+            return await self._tried_models(version)
+        except _FAILURES as error:
+            raise self._failed_test(version, error) from None
+
+    async def check_models(self, progress: Callable[[str], object]) -> str:
+        """The quick part of the preflight: the version, once both models are there."""
         version = await self._version()
         try:
-            return await self._checked_models(version, progress)
-        except (ollama.ResponseError, *_SERVER_AWAY, ValueError) as error:
-            raise PipelineError(
-                f"the server at {self._url} (Ollama {version}) failed its first test: "
-                f"{_short(error)}: see its log"
-            ) from None
+            for model in (self._cfg.vlm, self._cfg.embed_model):
+                if not _find(await self._digests(), model):
+                    await self._pull_or_explain(model, progress)
+            await self._check_vision()
+        except _FAILURES as error:
+            raise self._failed_test(version, error) from None
+        return version
 
-    async def _checked_models(
-        self, version: str, progress: Callable[[str], object]
-    ) -> ServerFacts:
+    def _failed_test(self, version: str, error: Exception) -> PipelineError:
+        return PipelineError(
+            f"the server at {self._url} (Ollama {version}) failed its first test: "
+            f"{_short(error)}: see its log"
+        )
+
+    async def _tried_models(self, version: str) -> ServerFacts:
         digests = await self._digests()
-        for model in (self._cfg.vlm, self._cfg.embed_model):
-            if not _find(digests, model):
-                await self._pull_or_explain(model, progress)
-                digests = await self._digests()
-        await self._check_vision()
         # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()
-        await self._load_vlm()
+        try:
+            await self._twice(self._load_vlm)
+        except (ollama.ResponseError, TimeoutError) as error:
+            raise PipelineError(
+                f"model {self._cfg.vlm} can't be loaded ({_short(error)}): see the "
+                "server's log; a smaller --num-ctx needs less memory"
+            ) from None
         loaded = (await self._client.ps()).models
         vlm = [m for m in loaded if _same_model(m.model or "", self._cfg.vlm)]
         size = sum(m.size or 0 for m in vlm)
@@ -1184,25 +1198,21 @@ class VlmServer:
 
         With an own, long time-out: a client that leaves early aborts the load.
         """
-        try:
-            async with asyncio.timeout(self._cfg.load_timeout):
-                await self._client.chat(
-                    self._cfg.vlm,
-                    messages=[],
-                    options=vlm_options(self._cfg),
-                    keep_alive=self._cfg.keep_alive,
-                )
-        except (ollama.ResponseError, TimeoutError) as error:
-            raise PipelineError(
-                f"model {self._cfg.vlm} can't be loaded ({_short(error)}): see the "
-                "server's log; a smaller --num-ctx needs less memory"
-            ) from None
+        async with asyncio.timeout(self._cfg.load_timeout):
+            await self._client.chat(
+                self._cfg.vlm,
+                messages=[],
+                options=vlm_options(self._cfg),
+                keep_alive=self._cfg.keep_alive,
+            )
 
     async def _probe_embedder(self) -> NDArray[np.float32]:
         model = self._cfg.embed_model
         try:
             async with asyncio.timeout(self._cfg.load_timeout):
-                vectors = await self._embed_once([config.PROBE_SENTENCE])
+                vectors = await self._twice(
+                    partial(self._embed_once, [config.PROBE_SENTENCE])
+                )
         except ollama.ResponseError as error:
             if "support embeddings" in str(error):
                 raise PipelineError(
@@ -1226,6 +1236,18 @@ class VlmServer:
             )
         self._n_features = vectors[0].size
         return vectors[0]
+
+    async def _twice(self, request: Callable[[], Awaitable[Result]]) -> Result:
+        """Try once more what may only have failed by chance, but not a time-out."""
+        try:
+            return await request()
+        except TimeoutError:
+            raise
+        except _FAILURES as error:
+            if not _may_pass(error):
+                raise
+        await asyncio.sleep(self._cfg.retry_pause)
+        return await request()
 
     # -- the work --
 
@@ -1334,7 +1356,7 @@ class VlmServer:
             else:
                 self._given_up_in_a_row = 0
                 return result
-            if not _may_pass(reason):
+            if not _may_pass(reason) or attempt + 1 == self._cfg.retries:
                 break
             await self._pause(reason, attempt)
         raise self._given_up(reason)
@@ -1342,7 +1364,7 @@ class VlmServer:
     def _given_up(self, reason: Exception) -> PipelineError:
         """The error for this request: does it end alone, or the run with it?"""
         self._given_up_in_a_row += 1
-        if getattr(reason, "status_code", 0) in (401, 403, 404):
+        if getattr(reason, "status_code", 0) in (401, 403, 404, 501):
             return PipelineError(f"the server at {self._url} says: {_short(reason)}")
         if self._given_up_in_a_row >= GIVE_UP_AFTER:
             return PipelineError(
@@ -1367,8 +1389,12 @@ class VlmServer:
             try:
                 async with asyncio.timeout(self._cfg.connect_timeout):
                     loaded = (await self._client.ps()).models
-                break
-            except Exception as error:
+                if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
+                    await self._load_vlm()
+                return
+            except _FAILURES as error:
+                if not _may_pass(error):
+                    raise self._given_up(error) from None
                 if time.monotonic() >= deadline:
                     raise PipelineError(
                         f"the server at {self._url} has not answered for "
@@ -1377,8 +1403,6 @@ class VlmServer:
                         "so far is kept"
                     ) from None
             await asyncio.sleep(min(2.0, self._cfg.retry_pause * 4))
-        if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
-            await self._load_vlm()
 
 
 async def in_lanes(
@@ -1461,6 +1485,7 @@ def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
 
 
 _SERVER_AWAY = (ConnectionError, httpx.TransportError, TimeoutError)
+_FAILURES = (ollama.ResponseError, *_SERVER_AWAY, ValueError)
 
 
 def _may_pass(error: Exception) -> bool:

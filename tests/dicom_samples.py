@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import get_decoder, get_encoder
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.encoders.base import get_encoder
 from pydicom.pixels.utils import pixel_array
 
 Pixels = NDArray[Any]
@@ -142,7 +143,7 @@ def make(
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = uid.UID(syntax)
     meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForProcessing
-    meta.MediaStorageSOPInstanceUID = f"2.25.{1000 + number}"
+    meta.MediaStorageSOPInstanceUID = uid.UID(f"2.25.{1000 + number}")
     dataset = Dataset()
     dataset.file_meta, dataset.preamble = meta, b"\0" * 128
     dataset.SOPClassUID = meta.MediaStorageSOPClassUID
@@ -176,9 +177,9 @@ def _store(dataset: Dataset, frames: list[Pixels], syntax: uid.UID, bits: int) -
         dataset.PixelData = encapsulate(encoded)
         dataset["PixelData"].VR = "OB"
         return
-    order = ">" if syntax == uid.ExplicitVRBigEndian else "<"
     stored = np.stack(frames)
-    dataset.PixelData = stored.astype(stored.dtype.newbyteorder(order)).tobytes()
+    swap = syntax == uid.ExplicitVRBigEndian
+    dataset.PixelData = (stored.byteswap() if swap else stored).tobytes()
     dataset["PixelData"].VR = "OB" if stored.itemsize == 1 else "OW"
 
 

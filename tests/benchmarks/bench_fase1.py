@@ -26,9 +26,9 @@ import imagecodecs
 import numpy as np
 import pydicom
 from pydicom import uid
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import get_encoder
+from pydicom.pixels.encoders.base import get_encoder
 
 ROOT = Path(__file__).parents[2]
 OBVIOUS = """
@@ -94,7 +94,7 @@ def encode(pixels: np.ndarray, syntax: str) -> bytes:
         frame = encoder.encode(pixels.tobytes(), index=0, **options)
     else:
         return pixels.tobytes()
-    return encapsulate([frame])
+    return encapsulate([bytes(frame)])
 
 
 def write_samples(folder: Path, syntax: str, count: int, side: int) -> None:
@@ -105,8 +105,9 @@ def write_samples(folder: Path, syntax: str, count: int, side: int) -> None:
         meta = FileMetaDataset()
         meta.TransferSyntaxUID = SYNTAXES[syntax]
         meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForPresentation
-        meta.MediaStorageSOPInstanceUID = f"2.25.{number + 1}"
-        dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        meta.MediaStorageSOPInstanceUID = uid.UID(f"2.25.{number + 1}")
+        dataset = Dataset()
+        dataset.file_meta, dataset.preamble = meta, b"\0" * 128
         dataset.SOPClassUID = meta.MediaStorageSOPClassUID
         dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
         dataset.Modality, dataset.KVP = "DX", 70

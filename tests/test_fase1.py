@@ -1,0 +1,1110 @@
+"""Phase 1: exact, in order, safe in any folder, contained, resumable."""
+
+import csv
+import hashlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dicom_samples as samples
+import fuzz_fase1
+import numpy as np
+import pydicom
+import pytest
+from dicom_samples import BUNDLED, LOSSY, SYNTAXES, bundled, exposure, make, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.pixels.utils import pixel_array
+from pydicom.sequence import Sequence as DicomSequence
+
+import config
+import fase1_descompresion as fase1
+import utils
+from fase1_descompresion import Crew, Moment, main, moment_of
+
+SCRIPT = Path(fase1.__file__)
+CHANGED = {
+    *(0x00280004, 0x00280006, 0x00280100, 0x00280101, 0x00280102),
+    *(0x7FE00001, 0x7FE00002, 0x7FE00010, 0x00880200),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """An empty base directory with an input folder."""
+    (tmp_path / "input_dicom").mkdir()
+    return tmp_path
+
+
+def run(base: Path, *flags: str) -> int:
+    return main(["--base", str(base), "--quiet", "--jobs", "2", *flags])
+
+
+def manifest(base: Path) -> list[dict[str, str]]:
+    with (base / "f1_descomprimidos" / config.FILE_LIST).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rejected(base: Path) -> dict[str, str]:
+    with (base / "f1_descomprimidos" / config.REJECTED_LIST).open(newline="") as file:
+        return {row["source"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def outputs(base: Path) -> list[Path]:
+    return sorted((base / "f1_descomprimidos").glob("*.dcm"))
+
+
+def read(path: Path) -> Dataset:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pydicom.dcmread(path, force=True)
+
+
+def pixels_of(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pixel_array(read(path))
+
+
+def convert(source: Path, folder: Path) -> fase1.Outcome:
+    """Convert one file in this process."""
+    task = fase1.Task(source, folder / "out.dcm", 64)
+    return fase1.convert(task, lambda _: None)
+
+
+# --- Exact --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYNTAXES)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_every_lossless_syntax_comes_out_as_it_went_in(
+    tmp_path: Path, name: str, frames: int
+) -> None:
+    pixels = [exposure(seed=seed) for seed in range(frames)]
+    source = write(tmp_path / "x", pixels, SYNTAXES[name])
+    assert not convert(source, tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), np.squeeze(pixels))
+
+
+@pytest.mark.parametrize("path", bundled(), ids=lambda path: path.stem)
+def test_a_bundled_sample_keeps_its_pixels(tmp_path: Path, path: Path) -> None:
+    references = samples.reference_arrays(path)
+    outcome = convert(path, tmp_path)
+    if not references:
+        pytest.skip(f"no reference decodes it; phase 1 says: {outcome.reason or 'yes'}")
+    got = pixels_of(tmp_path / "out.dcm").astype(float)
+    errors = [np.abs(got - one).max() for one in references.values()]
+    only_reference_is_pylibjpeg = list(references) == ["pylibjpeg"]
+    assert min(errors) <= (1 if only_reference_is_pylibjpeg else 0)
+
+
+def flat(dataset: Dataset) -> dict[str, tuple[str, Any]]:
+    """Every element but those that decompression changes, with its place."""
+    found: dict[str, tuple[str, Any]] = {}
+    for element in dataset.iterall():
+        if element.tag in CHANGED or not element.tag.element:
+            continue
+        value = len(element.value) if element.VR == "SQ" else element.value
+        found[f"{len(found)} {element.tag}"] = (element.VR, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in bundled() if samples.reference_arrays(path)],
+    ids=lambda path: path.stem,
+)
+def test_a_bundled_sample_keeps_its_header(tmp_path: Path, path: Path) -> None:
+    assert not convert(path, tmp_path).reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert flat(read(tmp_path / "out.dcm")) == flat(read(path))
+
+
+@pytest.mark.skipif(not shutil.which("dcmdjpeg"), reason="DCMTK is not installed")
+@pytest.mark.parametrize(
+    "name",
+    ["JPEG-lossy", "SC_rgb_jpeg_gdcm", "examples_ybr_color", "SC_rgb_jpeg_dcmtk"],
+)
+def test_jpeg_pixels_equal_those_of_dcmtk(tmp_path: Path, name: str) -> None:
+    source = BUNDLED / f"{name}.dcm"
+    assert not convert(source, tmp_path).reason
+    subprocess.run(
+        ["dcmdjpeg", source, tmp_path / "peer.dcm"], check=True, capture_output=True
+    )
+    assert read(tmp_path / "out.dcm").PixelData == read(tmp_path / "peer.dcm").PixelData
+
+
+@pytest.mark.parametrize("name", [*SYNTAXES, *LOSSY])
+def test_the_output_says_explicit_little_endian_and_keeps_its_uid(
+    tmp_path: Path, name: str
+) -> None:
+    bits = 8 if name == "JPEG Baseline" else 12
+    syntax = (SYNTAXES | LOSSY)[name]
+    source = write(tmp_path / "x", exposure(bits=bits), syntax, bits)
+    convert(source, tmp_path)
+    output = pydicom.dcmread(tmp_path / "out.dcm")
+    assert output.file_meta.TransferSyntaxUID == uid.ExplicitVRLittleEndian
+    assert output.SOPInstanceUID == read(source).SOPInstanceUID
+    assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
+
+
+def test_the_lossy_history_is_kept(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "x",
+        exposure(bits=8),
+        uid.JPEGBaseline8Bit,
+        8,
+        LossyImageCompression="01",
+        LossyImageCompressionRatio="12.5",
+    )
+    convert(source, tmp_path)
+    output = read(tmp_path / "out.dcm")
+    assert (output.LossyImageCompression, output.LossyImageCompressionRatio) == (
+        "01",
+        12.5,
+    )
+
+
+@pytest.mark.parametrize("name", ["implicit", "explicit", "big endian", "JPEG-LS"])
+def test_private_elements_and_sequences_are_kept(tmp_path: Path, name: str) -> None:
+    dataset = make(exposure(), SYNTAXES[name])
+    block = dataset.private_block(0x0011, "Example 1", create=True)
+    block.add_new(0x01, "OB", b"\1\2\3\4")
+    block.add_new(0x02, "LO", "text")
+    inner = Dataset()
+    inner.CodeValue, inner.CodeMeaning = "1", "nested"
+    outer = Dataset()
+    outer.ViewCodeSequence = DicomSequence([inner])
+    dataset.AnatomicRegionSequence = DicomSequence([outer, inner])
+    dataset.save_as(tmp_path / "x", enforce_file_format=True)
+    convert(tmp_path / "x", tmp_path)
+    output = read(tmp_path / "out.dcm")
+    assert bytes(output[0x00111001].value) == b"\1\2\3\4"
+    nested = output.AnatomicRegionSequence[0].ViewCodeSequence[0]
+    assert (nested.CodeMeaning, len(output.AnatomicRegionSequence)) == ("nested", 2)
+
+
+def splice(path: Path, element: bytes) -> None:
+    """Put raw bytes before the first element of group 0028."""
+    data = path.read_bytes()
+    at = data.index(b"\x28\0\x02\0US")
+    path.write_bytes(data[:at] + element + data[at:])
+
+
+def test_bytes_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), uid.JPEGLSLossless)
+    element = struct.pack("<HH2sH", 0x0019, 0x0010, b"LO", 4) + b"\xff\xfe\x80\x01"
+    splice(source, element)
+    convert(source, tmp_path)
+    assert element in (tmp_path / "out.dcm").read_bytes()
+
+
+def test_an_unknown_vr_is_kept(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), uid.RLELossless)
+    element = struct.pack("<HH2sHL", 0x0019, 0x1001, b"ZZ", 0, 4) + b"\1\2\3\4"
+    splice(source, element)
+    convert(source, tmp_path)
+    assert element in (tmp_path / "out.dcm").read_bytes()
+
+
+def test_an_unknown_sequence_of_undefined_length_is_kept(tmp_path: Path) -> None:
+    item = struct.pack("<HHL", 0x0008, 0x0060, 2) + b"DX"
+    element = (
+        struct.pack("<HH2sHL", 0x0019, 0x1001, b"UN", 0, 0xFFFFFFFF)
+        + struct.pack("<HHL", 0xFFFE, 0xE000, len(item))
+        + item
+        + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    )
+    source = write(tmp_path / "x", exposure(), uid.RLELossless)
+    splice(source, element)
+    assert not convert(source, tmp_path).reason
+    assert element in (tmp_path / "out.dcm").read_bytes()
+
+
+def test_group_lengths_that_would_be_wrong_are_left_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), uid.RLELossless)
+    splice(source, struct.pack("<HH2sHL", 0x0028, 0, b"UL", 4, 999))
+    convert(source, tmp_path)
+    assert 0x00280000 not in read(tmp_path / "out.dcm")
+
+
+def test_elements_after_the_pixels_are_kept(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), uid.RLELossless)
+    with source.open("ab") as file:
+        file.write(struct.pack("<HH2sHL", 0xFFFC, 0xFFFC, b"OB", 0, 4) + b"\0" * 4)
+    convert(source, tmp_path)
+    assert 0xFFFCFFFC in read(tmp_path / "out.dcm")
+
+
+def with_icon(icon_stream: bytes) -> Dataset:
+    """A compressed image with a compressed icon."""
+    dataset = make(exposure(), uid.JPEGLSLossless)
+    icon = Dataset()
+    icon.Rows = icon.Columns = 8
+    icon.SamplesPerPixel, icon.PixelRepresentation = 1, 0
+    icon.BitsAllocated = icon.BitsStored = 8
+    icon.HighBit, icon.PhotometricInterpretation = 7, "MONOCHROME2"
+    icon.PixelData = pydicom.encaps.encapsulate([icon_stream])
+    icon["PixelData"].VR, icon["PixelData"].is_undefined_length = "OB", True
+    dataset.IconImageSequence = DicomSequence([icon])
+    return dataset
+
+
+def test_a_compressed_icon_is_decompressed_as_well(tmp_path: Path) -> None:
+    icon = exposure(8, 8, 8)
+    stream = samples.encode_frame(icon, uid.JPEGLSLossless, 8)
+    with_icon(stream).save_as(tmp_path / "x", enforce_file_format=True)
+    convert(tmp_path / "x", tmp_path)
+    found = read(tmp_path / "out.dcm").IconImageSequence[0].PixelData
+    assert found == icon.tobytes()
+
+
+def test_an_icon_that_cant_be_decoded_is_left_out_with_a_note(tmp_path: Path) -> None:
+    with_icon(b"\xff\xd8 not a stream \xff\xd9").save_as(
+        tmp_path / "x", enforce_file_format=True
+    )
+    outcome = convert(tmp_path / "x", tmp_path)
+    assert "icon" in outcome.record["notes"]
+    assert "PixelData" not in read(tmp_path / "out.dcm").IconImageSequence[0]
+
+
+def test_bits_stored_follows_the_codestream_where_they_are_used(tmp_path: Path) -> None:
+    pixels = exposure(bits=14)
+    source = write(tmp_path / "x", pixels, uid.JPEGLSLossless, 14, BitsStored=12)
+    convert(source, tmp_path)
+    assert read(tmp_path / "out.dcm").BitsStored == 16
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
+
+
+def test_bits_stored_stays_where_the_codestream_only_could_hold_more(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path / "x", exposure(bits=12), uid.JPEGLSLossless, 12)
+    convert(source, tmp_path)
+    assert read(tmp_path / "out.dcm").BitsStored == 12
+
+
+def test_native_pixels_that_look_like_an_item_are_pixels(tmp_path: Path) -> None:
+    pixels = exposure(bits=16)
+    pixels[0, :2] = 0xFFFE, 0xE000
+    source = write(tmp_path / "x", pixels, bits=16)
+    assert not convert(source, tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
+
+
+def test_fragments_of_a_defined_length_are_decoded(tmp_path: Path) -> None:
+    dataset = make(exposure(), uid.JPEGLSLossless)
+    dataset["PixelData"].is_undefined_length = False
+    source = tmp_path / "x"
+    dataset.save_as(source, enforce_file_format=True)
+    data = source.read_bytes()
+    at = data.index(fase1.PIXEL_DATA_BYTES + b"OB")
+    value = data[at + 12 : data.rindex(b"\xfe\xff\xdd\xe0")]
+    source.write_bytes(data[: at + 8] + struct.pack("<L", len(value)) + value)
+    assert not convert(source, tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), exposure())
+
+
+def test_an_eight_bit_big_endian_word_image_is_swapped(tmp_path: Path) -> None:
+    pixels = exposure(bits=8)
+    dataset = make(pixels, uid.ExplicitVRBigEndian, 8)
+    dataset.PixelData = pixels.view(np.uint16).byteswap().tobytes()
+    dataset["PixelData"].VR = "OW"
+    dataset.save_as(tmp_path / "x", enforce_file_format=True)
+    convert(tmp_path / "x", tmp_path)
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
+
+
+@pytest.mark.parametrize("name", ["implicit", "explicit", "big endian"])
+def test_a_missing_file_meta_group_is_made_and_noted(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "x", exposure(), SYNTAXES[name])
+    data = source.read_bytes()
+    (length,) = struct.unpack_from("<L", data, 140)
+    source.write_bytes(data[144 + length :])
+    outcome = convert(source, tmp_path)
+    assert "no file meta group" in outcome.record["notes"]
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), exposure())
+
+
+@pytest.mark.parametrize("name", ["JPEG Lossless SV1", "JPEG-LS", "JPEG 2000"])
+def test_what_imagecodecs_refuses_is_left_to_pydicoms_plugins(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("not for me")
+
+    monkeypatch.setattr(utils, "decode_stream", refuse)
+    source = write(tmp_path / "x", exposure(), SYNTAXES[name])
+    outcome = convert(source, tmp_path)
+    assert outcome.record["decoder"] == "pydicom's plugins"
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), exposure())
+
+
+def test_a_multi_frame_image_is_written_whole(base: Path) -> None:
+    frames = [exposure(seed=seed) for seed in range(4)]
+    write(base / "input_dicom" / "x", frames, uid.JPEG2000Lossless)
+    assert run(base) == 0
+    assert manifest(base)[0]["frames"] == "4"
+    assert np.array_equal(pixels_of(outputs(base)[0]), frames)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(sorted(SYNTAXES)),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    frames=st.integers(1, 3),
+)
+def test_any_small_image_survives(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    rows: int,
+    columns: int,
+    frames: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("x")
+    pixels = [exposure(rows, columns, seed=seed) for seed in range(frames)]
+    source = write(folder / "x", pixels, SYNTAXES[name])
+    assert not convert(source, folder).reason
+    found = np.frombuffer(read(folder / "out.dcm").PixelData, np.uint16)
+    assert np.array_equal(found, np.ravel(pixels))
+
+
+# --- In order -----------------------------------------------------------------------
+
+
+def moment(**attributes: str) -> Moment:
+    return moment_of(attributes.get)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10", "100000.000000"),
+        ("1030", "103000.000000"),
+        ("103015", "103015.000000"),
+        ("103015.5", "103015.500000"),
+        ("103015.123456", "103015.123456"),
+        ("10:30:15", "103015.000000"),
+        ("10:30:15.25", "103015.250000"),
+        ("235960", "20240106T000000.000000"),
+        (" 103015 ", "103015.000000"),
+    ],
+)
+def test_every_form_of_a_time_is_understood(text: str, expected: str) -> None:
+    found = moment(AcquisitionDate="20240105", AcquisitionTime=text)
+    assert found.text == (expected if "T" in expected else f"20240105T{expected}")
+
+
+@pytest.mark.parametrize("text", ["", "25", "1060", "10306", "noon", "99:99", "-1"])
+def test_a_date_with_a_broken_time_sorts_by_its_date(text: str) -> None:
+    found = moment(AcquisitionDate="20240105", AcquisitionTime=text)
+    assert (found.text, found.source) == (
+        "20240105T000000.000000",
+        "AcquisitionDate/Time",
+    )
+    assert "no valid time" in found.note
+
+
+def test_a_broken_time_is_lent_by_an_attribute_of_the_same_day() -> None:
+    found = moment(
+        AcquisitionDate="20240105",
+        AcquisitionTime="?",
+        ContentDate="20240105",
+        ContentTime="11",
+    )
+    assert found.text == "20240105T110000.000000"
+    assert "ContentDate" in found.source
+
+
+@pytest.mark.parametrize("text", ["20040119", "2004.01.19"])
+def test_both_forms_of_a_date_are_understood(text: str) -> None:
+    assert moment(StudyDate=text, StudyTime="1").text[:8] == "20040119"
+
+
+@pytest.mark.parametrize("text", ["", "00000000", "20241301", "20240230", "garbage"])
+def test_an_impossible_date_is_none(text: str) -> None:
+    assert moment(AcquisitionDate=text).text == fase1.NO_DATE
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2024", "20240101T000000.000000"),
+        ("202403", "20240301T000000.000000"),
+        ("20240305", "20240305T000000.000000"),
+        ("2024030510", "20240305T100000.000000"),
+        ("202403051030", "20240305T103000.000000"),
+        ("20240305103015", "20240305T103015.000000"),
+        ("20240305103015.25", "20240305T103015.250000"),
+        ("20240305103015+0200", "20240305T083015.000000"),
+        ("20240305003015+0200", "20240304T223015.000000"),
+        ("20240305103015-0530", "20240305T160015.000000"),
+        ("2024-0500", "20240101T050000.000000"),
+        ("20240305996060", "20240305T000000.000000"),
+        ("20240305 garbage", "20240305T000000.000000"),
+    ],
+)
+def test_every_form_of_a_datetime_is_understood(text: str, expected: str) -> None:
+    assert moment(AcquisitionDateTime=text).text == expected
+
+
+def test_an_offset_of_the_dataset_applies_to_dates_and_times() -> None:
+    found = moment(
+        AcquisitionDate="20240105", AcquisitionTime="10", TimezoneOffsetFromUTC="+0100"
+    )
+    assert (found.text, found.note) == ("20240105T090000.000000", "time is UTC")
+
+
+def test_the_first_source_with_a_date_wins() -> None:
+    names = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
+    attributes = {f"{name}Date": f"2024010{at}" for at, name in enumerate(names, 1)}
+    attributes |= {f"{name}Time": "10" for name in names}
+    for at, name in enumerate(names, 1):
+        assert moment(**attributes).text[:8] == f"2024010{at}"
+        del attributes[f"{name}Date"]
+
+
+def test_a_datetime_comes_before_date_and_time() -> None:
+    found = moment(
+        AcquisitionDateTime="20240101", AcquisitionDate="20240102", AcquisitionTime="10"
+    )
+    assert found.text[:8] == "20240101"
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
+def test_no_text_breaks_the_order(date: str, clock: str, whole: str) -> None:
+    found = moment(
+        AcquisitionDate=date,
+        AcquisitionTime=clock,
+        AcquisitionDateTime=whole,
+        TimezoneOffsetFromUTC=clock,
+    )
+    assert found.text == fase1.NO_DATE or len(found.text) == 22
+
+
+@settings(max_examples=100)
+@given(st.datetimes())
+def test_any_moment_is_read_back(when: Any) -> None:
+    text = f"{when.year:04d}{when:%m%d%H%M%S.%f}"
+    expected = f"{text[:8]}T{text[8:]}"
+    assert moment(AcquisitionDateTime=text).text == expected
+
+
+def test_names_sort_as_the_exposures_were_made(base: Path) -> None:
+    order = random.Random(1).sample(range(8), 8)
+    for at, number in enumerate(order):
+        write(
+            base / "input_dicom" / f"{at}.dcm",
+            exposure(),
+            number=number,
+            AcquisitionTime=f"1{number}0000",
+        )
+    run(base)
+    times = [read(path).AcquisitionTime for path in outputs(base)]
+    assert times == sorted(times)
+    assert [row["output"] for row in manifest(base)] == [
+        one.name for one in outputs(base)
+    ]
+
+
+def test_ties_are_broken_by_instance_number_then_uid(base: Path) -> None:
+    for number, instance in ((3, 2), (1, 10), (2, 2)):
+        write(
+            base / "input_dicom" / f"{number}",
+            exposure(seed=number),
+            number=number,
+            AcquisitionTime="101010",
+            InstanceNumber=instance,
+        )
+    run(base)
+    assert [row["source"] for row in manifest(base)] == ["2", "3", "1"]
+
+
+def test_the_name_carries_the_exposure(base: Path) -> None:
+    write(
+        base / "input_dicom" / "x",
+        exposure(),
+        DetectorID="DET/1:é",
+        KVP="70",
+        ExposureInuAs="1700",
+        Exposure="1",
+        ExposureIndex="412",
+    )
+    run(base)
+    name = outputs(base)[0].name
+    assert name.startswith("20240105T100001.000000_DET-1_KVP70_mAs1.7_IE412_")
+    assert manifest(base)[0]["mas"] == "1.7"
+
+
+def test_an_image_without_a_date_sorts_last(base: Path) -> None:
+    write(
+        base / "input_dicom" / "a",
+        exposure(),
+        AcquisitionDate=None,
+        AcquisitionTime=None,
+    )
+    write(base / "input_dicom" / "b", exposure(seed=2), number=2)
+    run(base)
+    assert [row["source"] for row in manifest(base)] == ["b", "a"]
+    assert outputs(base)[-1].name.startswith("sin_fecha_")
+
+
+def test_different_sources_in_one_folder_are_warned_of(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(base / "input_dicom" / "d" / "a", exposure())
+    write(
+        base / "input_dicom" / "d" / "b",
+        exposure(seed=2),
+        number=2,
+        AcquisitionDate=None,
+        StudyDate="20240105",
+        StudyTime="10",
+    )
+    main(["--base", str(base), "--jobs", "1"])
+    assert "d was ordered by different attributes" in caplog.text
+
+
+# --- Safe in any folder -------------------------------------------------------------
+
+
+def put(base: Path, name: str, content: bytes) -> None:
+    path = base / "input_dicom" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        + str(path.stat().st_mtime)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_each_bad_file_is_listed_with_its_reason_and_the_rest_goes_on(
+    base: Path,
+) -> None:
+    put(base, "empty", b"")
+    put(base, "report.pdf", b"%PDF-1.4 text")
+    put(base, "text.txt", b"hello\n" * 50)
+    put(base, "picture.jpg", b"\xff\xd8\xff\xe0" + b"\0" * 300)
+    for name in ("test-SR.dcm", "rtplan.dcm", "dicomdirtests/DICOMDIR"):
+        put(base, Path(name).name, (BUNDLED / name).read_bytes())
+    put(base, "cut.dcm", (BUNDLED / "CT_small.dcm").read_bytes()[:-5000])
+    write(base / "input_dicom" / "good", exposure())
+    assert run(base) == 1
+    reasons = rejected(base)
+    assert len(outputs(base)) == 1
+    assert len(reasons) == 8
+    assert "is empty" in reasons["empty"]
+    assert "PDF" in reasons["report.pdf"]
+    assert "JPEG picture" in reasons["picture.jpg"]
+    assert "Structured" in reasons["test-SR.dcm"] or "SR" in reasons["test-SR.dcm"]
+    assert "DICOMDIR" in reasons["DICOMDIR"]
+    assert "truncated" in reasons["cut.dcm"]
+
+
+def test_video_is_refused_by_its_name(base: Path) -> None:
+    dataset = make(exposure(), uid.JPEGLSLossless)
+    dataset.file_meta.TransferSyntaxUID = uid.MPEG4HP41
+    dataset.save_as(base / "input_dicom" / "video", enforce_file_format=True)
+    assert run(base) == 1
+    assert "MPEG-4" in rejected(base)["video"]
+
+
+def test_a_bomb_is_refused_by_its_header(base: Path) -> None:
+    dataset = make(exposure(), uid.RLELossless)
+    dataset.Rows = dataset.Columns = 46341
+    dataset.save_as(base / "input_dicom" / "bomb", enforce_file_format=True)
+    assert run(base) == 1
+    assert "--max-image-mb" in rejected(base)["bomb"]
+
+
+def test_the_limit_of_an_image_is_a_flag(base: Path) -> None:
+    write(base / "input_dicom" / "x", exposure(1024, 1024))
+    assert run(base, "--max-image-mb", "1") == 1
+    assert run(base, "--max-image-mb", "2") == 0
+
+
+def test_a_fifo_and_a_loop_of_links_are_listed(base: Path) -> None:
+    os.mkfifo(base / "input_dicom" / "pipe")
+    (base / "input_dicom" / "loop").symlink_to(base / "input_dicom")
+    write(base / "input_dicom" / "good", exposure())
+    assert run(base) == 1
+    assert set(rejected(base)) == {"pipe", "loop"}
+
+
+def test_names_of_any_bytes_and_lengths_are_fine(base: Path) -> None:
+    folder = os.fsencode(base / "input_dicom")
+    good = write(base / "good", exposure())
+    for name in (b"\xff\xfe.dcm", b"n" * 250, b"line\nbreak", b"=formula"):
+        shutil.copyfile(good, folder + b"/" + name)
+    assert run(base) == 0
+    row = manifest(base)[0]
+    assert len(outputs(base)) == 1
+    everything = row["source"] + row["notes"]
+    assert "\\xff\\xfe.dcm" in everything
+    assert "\n" not in everything
+    assert "./=formula" in everything
+
+
+def test_header_text_cant_reach_the_terminal_or_a_formula(base: Path) -> None:
+    write(base / "input_dicom" / "x", exposure(), Manufacturer="=1+1\x1b[31m")
+    run(base)
+    assert manifest(base)[0]["manufacturer"].startswith("'=1+1 [31m")
+
+
+def test_an_identical_duplicate_is_written_once_with_a_note(base: Path) -> None:
+    first = write(base / "input_dicom" / "a", exposure())
+    shutil.copyfile(first, base / "input_dicom" / "b")
+    assert run(base) == 0
+    assert len(outputs(base)) == 1
+    assert manifest(base)[0]["notes"] == "the same image as b"
+
+
+def test_a_duplicate_in_another_syntax_is_the_same_image(base: Path) -> None:
+    write(base / "input_dicom" / "a", exposure(), uid.ExplicitVRLittleEndian)
+    write(base / "input_dicom" / "b", exposure(), uid.JPEGLosslessSV1)
+    assert run(base) == 0
+    assert len(outputs(base)) == 1
+
+
+def test_one_uid_with_two_contents_is_kept_twice_and_warned_of(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(base / "input_dicom" / "a", exposure(seed=1))
+    write(base / "input_dicom" / "b", exposure(seed=2))
+    assert main(["--base", str(base), "--jobs", "2"]) == 0
+    assert len(outputs(base)) == 2
+    assert manifest(base)[1]["output"].endswith("_2.dcm")
+    assert "SOPInstanceUID" in caplog.text
+
+
+def test_which_duplicate_gets_which_name_does_not_depend_on_speed(base: Path) -> None:
+    big = write(base / "input_dicom" / "a", exposure(900, 900), uid.JPEG2000Lossless)
+    write(base / "input_dicom" / "b", exposure())
+    run(base)
+    rows = {row["source"]: row["output"] for row in manifest(base)}
+    assert big.name == "a"
+    assert not rows["a"].endswith("_2.dcm")
+    assert rows["b"].endswith("_2.dcm")
+
+
+def test_the_input_is_never_touched(base: Path) -> None:
+    for number, name in enumerate(SYNTAXES, 1):
+        write(base / "input_dicom" / name, exposure(), SYNTAXES[name], number=number)
+    put(base, "bad", b"\0" * 128 + b"DICM" + b"\2\0" * 40)
+    before = digests(base / "input_dicom")
+    run(base)
+    assert digests(base / "input_dicom") == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_cant_be_written_is_one_line(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(base / "input_dicom" / "x", exposure())
+    (base / "f1_descomprimidos").mkdir()
+    (base / "f1_descomprimidos").chmod(0o500)
+    assert run(base) == 2
+    assert "f1_descomprimidos" in caplog.text
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_one_line(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(base / "input_dicom" / "x", exposure())
+    (base / "f1_descomprimidos").write_text("")
+    assert run(base) == 2
+    assert "move it away" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_stops_the_run_with_one_line(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write(base / "input_dicom" / "x", exposure())
+    (base / "link").symlink_to("/dev/full")
+    outcome = fase1.convert(fase1.Task(source, base / "link", 64), lambda _: None)
+    cfg, _ = config.parse_config(1, "", ["--base", str(base)])
+    fase1.make_folders(cfg)
+
+    def settle() -> int:
+        with fase1.Ledger(cfg) as ledger:
+            fase1.settle(ledger, fase1.Task(source, base / "link", 64), outcome)
+        return 0
+
+    assert utils.exit_code(settle, fase1.log.error) == 2
+    assert "free some space" in caplog.text
+
+
+def test_missing_and_empty_inputs_are_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(tmp_path) == 2
+    assert "input_dicom is missing" in caplog.text
+    (tmp_path / "input_dicom").mkdir()
+    assert run(tmp_path) == 2
+    assert "input_dicom is empty" in caplog.text
+
+
+def test_an_output_inside_the_input_is_refused(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(base, "--input-dir", ".") == 2
+    assert "choose another folder" in caplog.text
+
+
+def test_a_file_that_vanishes_is_tried_again_next_time(base: Path) -> None:
+    outcome = convert(base / "input_dicom" / "gone", base)
+    assert outcome.may_pass
+    assert "No such file" in outcome.reason
+
+
+# --- Contained ----------------------------------------------------------------------
+
+
+def misbehave(work: str, alive: fase1.Alive) -> str:
+    """A worker's job for the tests: crash, hang, or do what it should."""
+    if work == "crash":
+        os.abort()
+    if work == "hang":
+        time.sleep(60)
+    if work == "slow but alive":
+        for _ in range(4):
+            time.sleep(0.4)
+            alive(0)
+    return f"did {work}"
+
+
+def test_a_crash_takes_only_its_own_file() -> None:
+    crew = Crew(misbehave, 2, 30)
+    results = dict(crew.do_all(["a", "crash", "b", "c"]))
+    assert "crashed" in results.pop("crash")
+    assert results == {name: f"did {name}" for name in "abc"}
+
+
+def test_a_hang_is_ended_and_the_run_goes_on() -> None:
+    crew = Crew(misbehave, 1, 1)
+    started = time.monotonic()
+    results = dict(crew.do_all(["hang", "a"]))
+    assert "given up after 1 s" in results["hang"]
+    assert results["a"] == "did a"
+    assert time.monotonic() - started < 10
+
+
+def test_a_long_file_that_shows_signs_of_life_is_not_given_up() -> None:
+    assert dict(Crew(misbehave, 1, 1).do_all(["slow but alive"])) == {
+        "slow but alive": "did slow but alive"
+    }
+
+
+def test_results_come_in_the_order_of_the_work() -> None:
+    works = ["slow but alive", *"abcdefgh"]
+    assert [work for work, _ in Crew(misbehave, 2, 5).do_all(works)] == works
+
+
+def test_no_more_workers_are_started_than_there_are_files() -> None:
+    crew: Crew[str, str] = Crew(misbehave, 8, 5)
+    for _ in crew.do_all(["a"]):
+        assert len(multiprocessing.active_children()) == 1
+    assert not multiprocessing.active_children()
+
+
+def test_a_crash_is_listed_and_tried_again(base: Path) -> None:
+    source = write(base / "input_dicom" / "x", exposure())
+    cfg, _ = config.parse_config(1, "", ["--base", str(base)])
+    fase1.make_folders(cfg)
+    with fase1.Ledger(cfg) as ledger:
+        task = fase1.Task(source, base / "f1_descomprimidos" / ".t", 64)
+        fase1.settle(ledger, task, "the decoder crashed on it")
+        assert not ledger.is_done(source)
+        assert [row["reason"] for row in ledger.rejected()] == [
+            "the decoder crashed on it"
+        ]
+    assert run(base) == 0
+
+
+# --- Again --------------------------------------------------------------------------
+
+
+def collection(base: Path, count: int = 6) -> None:
+    """Images in different syntaxes and sizes."""
+    names = list(SYNTAXES)
+    for number in range(1, count + 1):
+        write(
+            base / "input_dicom" / f"d{number % 3}" / f"{number}.dcm",
+            exposure(64 + number, 80, seed=number),
+            SYNTAXES[names[number % len(names)]],
+            number=number,
+        )
+
+
+def state(base: Path) -> dict[str, str]:
+    return {
+        name: digest
+        for name, digest in digests(base).items()
+        if not name.endswith(fase1.STATE)
+    }
+
+
+def test_a_second_run_changes_nothing(base: Path) -> None:
+    collection(base)
+    put(base, "bad", b"no")
+    assert run(base) == 1
+    before = state(base)
+    assert run(base) == 1
+    assert state(base) == before
+
+
+def test_a_second_run_leaves_the_lists_alone_whatever_lies_about(base: Path) -> None:
+    collection(base, 2)
+    os.mkfifo(base / "input_dicom" / "pipe")
+    (base / "input_dicom" / "loop").symlink_to(base / "input_dicom")
+    run(base)
+    before = (base / "f1_descomprimidos" / config.REJECTED_LIST).stat().st_mtime_ns
+    assert run(base) == 1
+    after = (base / "f1_descomprimidos" / config.REJECTED_LIST).stat().st_mtime_ns
+    assert after == before
+
+
+def test_a_bad_file_that_was_removed_leaves_the_list(base: Path) -> None:
+    collection(base, 1)
+    put(base, "bad", b"no")
+    assert run(base) == 1
+    (base / "input_dicom" / "bad").unlink()
+    assert run(base) == 0
+    assert rejected(base) == {}
+
+
+def test_a_second_run_opens_no_file(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection(base)
+    run(base)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(Crew, "_hire", refuse)
+    assert run(base) == 0
+
+
+def test_new_files_are_added_without_renaming_others(base: Path) -> None:
+    collection(base, 3)
+    run(base)
+    before = {path.name for path in outputs(base)}
+    write(base / "input_dicom" / "0", exposure(), number=9, AcquisitionTime="01")
+    run(base)
+    after = [path.name for path in outputs(base)]
+    assert before < set(after)
+    assert manifest(base)[0]["source"] == "0"
+    assert [row["output"] for row in manifest(base)] == after
+
+
+def label(base: Path, path: Path, name: str | None = None) -> None:
+    target = base / "datos_etiquetados" / "TOR" / "deeper" / (name or path.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+
+
+@pytest.mark.parametrize("name", [None, "my favourite.dcm"])
+def test_a_labelled_file_is_not_written_again(base: Path, name: str | None) -> None:
+    collection(base)
+    run(base)
+    label(base, outputs(base)[2], name)
+    assert run(base) == 0
+    assert len(outputs(base)) == 5
+    assert len(manifest(base)) == 6
+
+
+def test_a_labelled_file_that_was_edited_is_known_by_its_name(base: Path) -> None:
+    collection(base)
+    run(base)
+    edited = read(outputs(base)[2])
+    edited.SOPInstanceUID = edited.file_meta.MediaStorageSOPInstanceUID = uid.UID(
+        "2.25.9"
+    )
+    edited.save_as(outputs(base)[2])
+    label(base, outputs(base)[2])
+    assert run(base) == 0
+    assert len(outputs(base)) == 5
+
+
+@pytest.mark.parametrize("name", [None, "my favourite.dcm"])
+def test_a_labelled_file_is_known_without_the_state(
+    base: Path, name: str | None
+) -> None:
+    collection(base)
+    run(base)
+    label(base, outputs(base)[2], name)
+    (base / "f1_descomprimidos" / fase1.STATE).unlink()
+    assert run(base) == 0
+    assert len(outputs(base)) == 5
+
+
+def test_a_lost_output_is_written_again(base: Path) -> None:
+    collection(base)
+    run(base)
+    before = digests(base / "f1_descomprimidos").keys()
+    outputs(base)[1].unlink()
+    run(base)
+    assert digests(base / "f1_descomprimidos").keys() == before
+
+
+def test_a_source_replaced_by_another_image_adds_it(base: Path) -> None:
+    write(base / "input_dicom" / "x", exposure(seed=1), number=1)
+    run(base)
+    write(base / "input_dicom" / "x", exposure(seed=2), number=2)
+    run(base)
+    assert len(outputs(base)) == len(manifest(base)) == 2
+
+
+def test_outputs_outlive_their_sources(base: Path) -> None:
+    collection(base)
+    run(base)
+    (base / "input_dicom" / "d1" / "1.dcm").unlink()
+    run(base)
+    assert len(outputs(base)) == len(manifest(base)) == 6
+
+
+def test_a_damaged_state_is_made_anew(base: Path) -> None:
+    collection(base)
+    run(base)
+    before = {path.name for path in outputs(base)}
+    (base / "f1_descomprimidos" / fase1.STATE).write_bytes(b"damaged" * 1000)
+    assert run(base) == 0
+    assert {path.name for path in outputs(base)} == before
+
+
+def test_a_second_program_on_the_same_folder_is_refused(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection(base)
+    run(base)
+    cfg, _ = config.parse_config(1, "", ["--base", str(base)])
+    with fase1.Ledger(cfg):
+        assert run(base) == 2
+    assert "another phase 1" in caplog.text
+
+
+def test_class_folders_are_made_once(base: Path) -> None:
+    collection(base, 1)
+    run(base)
+    labelled = base / "datos_etiquetados"
+    assert {path.name for path in labelled.iterdir()} == set(config.CLASS_NAMES)
+    shutil.rmtree(labelled / "FDT")
+    run(base)
+    assert not (labelled / "FDT").exists()
+
+
+def start(base: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, "--base", base, "--jobs", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def is_gone(session: int) -> bool:
+    """Whether no process of a session is left (Linux)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_killed_at_any_moment_it_leaves_no_part_and_the_next_run_completes(
+    base: Path,
+) -> None:
+    collection(base, 40)
+    chance = random.Random(7)
+    for _ in range(3):
+        process = start(base)
+        time.sleep(chance.uniform(0.5, 1.6))
+        process.kill()
+        process.communicate()
+        assert wait_until(partial(is_gone, process.pid))
+        for path in outputs(base):
+            assert pixels_of(path).shape[1] == 80
+    assert run(base) == 0
+    assert len(outputs(base)) == len(manifest(base)) == 40
+    assert not list((base / "f1_descomprimidos").glob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_ctrl_c_ends_with_130_and_no_children(base: Path) -> None:
+    collection(base, 200)
+    process = start(base)
+    assert wait_until(lambda: bool(outputs(base)))
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"Traceback" not in error
+    assert wait_until(partial(is_gone, process.pid))
+
+
+def test_the_same_input_gives_the_same_files_with_any_number_of_jobs(
+    base: Path,
+) -> None:
+    collection(base)
+    found = []
+    for jobs in ("1", "3"):
+        main(["--base", str(base), "--quiet", "--jobs", jobs])
+        found.append(
+            [(path.name, path.read_bytes()) for path in outputs(base)]
+            + [(base / "f1_descomprimidos" / config.FILE_LIST).read_bytes()]
+        )
+        shutil.rmtree(base / "f1_descomprimidos")
+    assert found[0] == found[1]
+
+
+def test_a_deflate_bomb_is_listed(base: Path) -> None:
+    path = write(
+        base / "input_dicom" / "x", exposure(), uid.DeflatedExplicitVRLittleEndian
+    )
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<L", data, 140)
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    bomb = deflater.compress(b"\0" * (100 << 20)) + deflater.flush()
+    path.write_bytes(data[: 144 + length] + bomb)
+    assert run(base, "--max-image-mb", "1") == 1
+    assert "inflates" in rejected(base)["x"]
+
+
+def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
+    fuzz_fase1.write_damaged(tmp_path, 300, seed=5)
+    assert fuzz_fase1.check(tmp_path, 300)["written"] > 10
