@@ -379,7 +379,8 @@ class Experiment:
         """Repeat, training images and held-out images of every fold."""
         for repeat, folds in enumerate(self.folds):
             for fold in range(self.n_folds):
-                yield repeat, (folds >= 0) & (folds != fold), folds == fold
+                if np.any(folds == fold):
+                    yield repeat, (folds >= 0) & (folds != fold), folds == fold
 
     def trainable(self) -> bool:
         """Whether every training side holds every class."""
@@ -497,8 +498,8 @@ def wilson(share: float, n: float) -> tuple[float, float]:
         return 0.0, 1.0
     centre = share + Z**2 / (2 * n)
     half = Z * float(np.sqrt(max(0, share * (1 - share)) / n + Z**2 / (4 * n**2)))
-    scale = 1 + Z**2 / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low, high = ((centre + side) / (1 + Z**2 / n) for side in (-half, half))
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
 
 
 def figure(share: float, n: float) -> dict[str, Any]:
@@ -542,7 +543,8 @@ def evaluation_figures(scores: Floats, dataset: Dataset) -> dict[str, Any]:
     n, n_classes = len(dataset.labels), len(dataset.classes)
     counts = np.zeros((n_classes, n_classes))
     for judged in scores.argmax(axis=-1):
-        np.add.at(counts, (dataset.labels, judged), 1 / len(scores))
+        np.add.at(counts, (dataset.labels, judged), 1)
+    counts /= len(scores)
     actual, judged_as, right = counts.sum(axis=1), counts.sum(axis=0), np.diag(counts)
     by_class = {
         name: {
@@ -607,13 +609,14 @@ def fit_factor(scores: Floats, labels: Integers) -> float:
 def choose_confidence(confidence: Floats, right: Booleans, max_error: float) -> float:
     """The lowest confidence down to which at most `max_error` of answers are wrong.
 
-    Above 1 (nothing is answered) where too few images would be left to show it.
+    Both arrays are (n_repeats, n_images). The result is above 1 (nothing is answered)
+    where too few images would be left to show it.
     """
-    order = np.argsort(-confidence, kind="stable")
-    ranked, answers = confidence[order], np.arange(1, len(order) + 1)
+    order = np.argsort(-confidence, axis=None, kind="stable")
+    ranked, answers = confidence.ravel()[order], np.arange(1, len(order) + 1)
     images, share = config.ANSWERED_AT_LEAST
-    allowed = np.cumsum(~right[order]) <= max_error * answers
-    allowed &= answers >= max(images, share * len(order))
+    allowed = np.cumsum(~right.ravel()[order]) <= max_error * answers
+    allowed &= answers >= max(images * len(confidence), share * len(order))
     allowed &= np.append(ranked[1:] < ranked[:-1], True)  # equals are answered alike
     last = np.flatnonzero(allowed)
     return float(ranked[last[-1]]) if last.size else config.NEVER
@@ -627,8 +630,8 @@ def thresholds(
     limit = float(np.quantile(novelty, 1 - refused, method="higher"))
     factor = fit_factor(scores, labels)
     known = novelty <= limit
-    confidence = softmax(factor * scores)[:, known].max(axis=-1).ravel()
-    right = correct(scores, labels)[:, known].ravel()
+    confidence = softmax(factor * scores[:, known]).max(axis=-1)
+    right = correct(scores[:, known], labels[known])
     lowest = choose_confidence(confidence, right, max_error)
     return factor, {"confidence": lowest, "novelty": limit}
 
@@ -658,6 +661,16 @@ def cross_fit(
             )
         ]
     return probabilities, answered
+
+
+def calibrate(
+    study: Experiment, scores: Floats, novelty: Floats, max_error: float
+) -> tuple[float, dict[str, Any]]:
+    """The factor; thresholds for phase 4; and what such thresholds would answer."""
+    factor, limits = thresholds(scores, study.labels, novelty, max_error)
+    probabilities, answered = cross_fit(study, scores, novelty, max_error)
+    figures = confidence_figures(probabilities, answered, study.labels)
+    return factor, {"thresholds": limits, "confidence": figures}
 
 
 def confidence_figures(
@@ -887,7 +900,7 @@ def run_checks(
 ) -> list[Check]:
     """All checks, with the default hyper-parameters."""
     plain = replace(study, models=study.models[:1])
-    n_permutations = cfg.permutations or int(np.clip(1000 // len(study.labels), 3, 20))
+    n_permutations = cfg.permutations or int(np.clip(600 // len(study.labels), 3, 20))
     statistics = read_statistics(dataset, cfg)
     columns = read_header_columns(dataset, cfg)
     return [
@@ -915,20 +928,25 @@ def row_split_accuracy(study: Experiment) -> float:
 
 def compare(
     study: Experiment, scores: Mapping[str, Floats], dataset: Dataset
-) -> dict[str, str]:
+) -> dict[str, dict[str, Any] | str]:
     """Figures easily taken for the accuracy, under names that say otherwise."""
-    table = {"optimistic, rows of one image on both sides": row_split_accuracy(study)}
-    if "own" in scores:
-        own = correct(scores["own"], dataset.labels)
-        table["images held out, but asked with the prompts of their class"] = own.mean()
-    shown_values = {name: f"{value:.2f}" for name, value in table.items()}
+    rights = {probe: correct(each, dataset.labels) for probe, each in scores.items()}
+    unmeasured = f"not measured, the dataset has {dataset.descriptions}"
+    table: dict[str, dict[str, Any] | str] = {
+        "optimistic, rows of one image on both sides": {
+            "value": row_split_accuracy(study)
+        }
+    }
+    if "own" in rights:
+        own = {"value": float(rights["own"].mean())}
+        table["images held out, but asked with the prompts of their class"] = own
     for k in config.PROTOCOL_TABLE:
-        found = f"not measured, the dataset has {dataset.descriptions}"
-        if f"k={k}" in scores:
-            right = correct(scores[f"k={k}"], dataset.labels)
-            found = shown(figure(float(right.mean()), len(dataset.labels)))
-        shown_values[f"phase 4 with {k} description{'s' if k > 1 else ''}"] = found
-    return shown_values
+        name = f"phase 4 with {k} description{'s' if k > 1 else ''}"
+        measured = rights.get(f"k={k}")
+        table[name] = unmeasured
+        if measured is not None:
+            table[name] = figure(measured.mean(), len(dataset.labels))
+    return table
 
 
 # --- 3. Fit: the model that phase 4 loads ---------------------------------------------
@@ -1023,9 +1041,11 @@ def write_model(
 # --- 4. Report ------------------------------------------------------------------------
 
 
-def shown(figures: Mapping[str, Any]) -> str:
-    low, high = figures["interval"]
-    return f"{figures['value']:.2f} ({low:.2f}-{high:.2f})"
+def shown(figures: Mapping[str, Any] | str) -> str:
+    if isinstance(figures, str):
+        return figures
+    interval = "-".join(f"{limit:.2f}" for limit in figures.get("interval", ()))
+    return f"{figures['value']:.2f}" + (f" ({interval})" if interval else "")
 
 
 def report_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
@@ -1039,7 +1059,7 @@ def report_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     yield from evaluation_lines(metrics)
     yield "\nThese are not the accuracy, and show why"
     for name, found in metrics["comparison"].items():
-        yield f"  {name:<58} {found}"
+        yield f"  {name:<58} {shown(found)}"
     yield "\nChecks"
     for check in metrics["checks"]:
         yield f"  {check['name']:<16} {check['finding']}"
@@ -1060,8 +1080,8 @@ def evaluation_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
         "descriptions each, one decision per image"
     )
     yield (
-        f"(held out by {splits['group_by']}, {splits['folds']} folds, "
-        f"{splits['repeats']} times; in brackets: 95 % intervals)"
+        f"(held out by {splits['group_by']}, {splits['groups']} groups in "
+        f"{splits['folds']} folds, {splits['repeats']} times; brackets: 95 % intervals)"
     )
     yield (
         f"  accuracy           {shown(accuracy)}   "
@@ -1217,6 +1237,7 @@ def provenance(dataset: Dataset, study: Experiment, cfg: Config) -> dict[str, An
         "asked": "generic" if dataset.generic.any() else "own-prompt",
         "splits": {
             "group_by": cfg.group_by,
+            "groups": len(np.unique(study.groups)),
             "folds": study.n_folds,
             "folds_asked": cfg.folds,
             "repeats": len(study.folds),
@@ -1251,12 +1272,10 @@ def run(cfg: Config) -> int:
     if len(study.models) > 1:  # those scores are of several models, each on its scale
         scores = held_out_scores(chosen, ["protocol"])
     far = leave_out_novelty(neighbours, study.groups, metrics["k_measured"])
-    answers = cross_fit(chosen, scores["protocol"], far, cfg.max_error)
-    metrics["confidence"] = confidence_figures(*answers, dataset.labels)
-    factor, limits = thresholds(scores["protocol"], dataset.labels, far, cfg.max_error)
+    factor, calibration = calibrate(chosen, scores["protocol"], far, cfg.max_error)
     names = np.array(dataset.classes)[dataset.labels]
     classifier = fit_classifier(chosen.space, model, names, factor)
-    metrics |= {"thresholds": limits, "model": asdict(model) | {"factor": factor}}
+    metrics |= {"model": asdict(model) | {"factor": factor}} | calibration
 
     metrics["warnings"] = list(find_warnings(dataset, metrics))
     write_model(cfg.folder("model_dir"), metrics, (classifier, scaler, neighbours))
