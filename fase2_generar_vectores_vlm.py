@@ -67,6 +67,9 @@ LIBRARIES = ("numpy", "ollama", "pillow", "pydicom", "imagecodecs")
 ESTIMATE_QUESTIONS = 6
 """Asked of one image per server slot by --estimate."""
 
+KEPT_PICTURES = 200
+"""So many prepared images, 20 MB, are kept from the scan until they are asked about."""
+
 # --- What is labelled ---------------------------------------------------------------
 
 
@@ -78,6 +81,8 @@ class LabelledImage:
     path: Path
     image_id: str
     view_id: str
+    picture: PreparedImage | None = field(default=None, compare=False, repr=False)
+    """Kept for the first KEPT_PICTURES only: decoding a file takes a while."""
 
 
 @dataclass
@@ -94,46 +99,67 @@ class Rejections:
         log.log(logging.WARNING if failed else logging.INFO, "%s: %s", path, reason)
 
 
-def scan(folder: Path, rejections: Rejections) -> list[LabelledImage]:
-    """Find and identify the labelled images, ordered by (class, image id).
+def labelled_files(folder: Path) -> list[Path]:
+    """All files below the class folders and beside them.
 
     Raises
     ------
     PipelineError
-        No folder, no class with an image, or one image labelled as two classes.
+        No folder, or none with a file.
     """
     if not folder.is_dir():
         raise PipelineError(
             f"{folder} is missing: run `python fase1_descompresion.py`, then move its "
             f"files into {folder / '<CLASS>'}"
         )
-    labelled = []
+    paths = list(utils.find_files(folder))
+    if not paths:
+        raise _nothing_labelled(folder)
+    return paths
+
+
+def _nothing_labelled(folder: Path) -> PipelineError:
+    return PipelineError(
+        f"{folder} holds no image in a class folder: move the files of phase 1 into "
+        f"{folder / '<CLASS>'}"
+    )
+
+
+def identify(
+    paths: Sequence[Path], folder: Path, rejections: Rejections
+) -> list[LabelledImage]:
+    """Decode and identify the labelled files, ordered by (class, image id).
+
+    Raises
+    ------
+    PipelineError
+        No class with an image, or one image labelled as two classes.
+    """
+    log.info("reading %d files in %s", len(paths), folder)
+    labelled: list[LabelledImage] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        paths = list(utils.find_files(folder))
-        for path, result in zip(paths, pool.map(_identify, paths), strict=True):
+        for path, result in zip(paths, pool.map(_prepared, paths), strict=True):
             parts = path.relative_to(folder).parts
             if len(parts) == 1:
                 rejections.add(path, "lies in no class folder")
             elif isinstance(result, str):
                 rejections.add(path, result)
             else:
-                labelled.append(LabelledImage(parts[0], path, *result))
+                kept = result if len(labelled) < KEPT_PICTURES else None
+                ids = result.image_id, result.view_id
+                labelled.append(LabelledImage(parts[0], path, *ids, kept))
     images = _without_copies(labelled, rejections)
     if not images:
-        raise PipelineError(
-            f"{folder} holds no image in a class folder: move the files of phase 1 "
-            f"into {folder / '<CLASS>'}"
-        )
+        raise _nothing_labelled(folder)
     return images
 
 
-def _identify(path: Path) -> tuple[str, str] | str:
-    """The image's ids, or the reason why it has none; the picture itself is dropped."""
+def _prepared(path: Path) -> PreparedImage | str:
+    """The prepared image, or the reason why there is none."""
     try:
-        image = utils.prepare_image(path)
+        return utils.prepare_image(path)
     except RejectedError as error:
         return str(error)
-    return image.image_id, image.view_id
 
 
 def _without_copies(
@@ -477,6 +503,8 @@ class Interview:
 
 def _picture(task: Task) -> PreparedImage | None:
     """The image as the VLM will see it; a failure is noted in the task."""
+    if task.image.picture is not None:
+        return task.image.picture
     try:
         picture = utils.prepare_image(task.image.path)
     except RejectedError as error:
@@ -502,16 +530,18 @@ class Progress:
     images_done: int = 0
     images_failed: int = 0
     descriptions: int = 0
-    vision_s: list[float] = field(default_factory=list)
+    vision_s: float = 0.0
     text_s: float = 0.0
     embedding_s: float = 0.0
+    recent_vision_s: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     _shown_at: float = field(default_factory=time.monotonic)
 
     def answered(self, answer: Answer) -> None:
         """One answer came back, usable or not."""
-        self.vision_s.append(answer.vision_s)
+        self.vision_s += answer.vision_s
         self.text_s += answer.text_s
+        self.recent_vision_s.append(answer.vision_s)
 
     def described(self) -> None:
         """One description is there."""
@@ -531,14 +561,14 @@ class Progress:
 
     def line(self) -> str:
         """Where the run stands, in one line."""
-        total = sum(self.vision_s) + self.text_s + self.embedding_s or 1.0
+        total = self.vision_s + self.text_s + self.embedding_s or 1.0
         return (
             f"images {self.images_done}/{self.images}"
             f" · descriptions {self.descriptions}/{self.to_ask}"
             f" · failed {self.images_failed}"
             f" · {self._seconds_each():.2f} s each"
             f" · {_duration((self.to_ask - self.descriptions) * self._seconds_each())}"
-            f" left · vision {sum(self.vision_s) / total:.0%}"
+            f" left · vision {self.vision_s / total:.0%}"
             f" text {self.text_s / total:.0%} embedding {self.embedding_s / total:.0%}"
         )
 
@@ -746,10 +776,13 @@ def run(cfg: Config) -> int:
     """Scan, ask, embed, write; 0 when every image is in the dataset, else 1."""
     folder = cfg.folder("dataset_dir")
     warn_of_distance(cfg)
+    paths = labelled_files(cfg.folder("labelled_dir"))
     rejections = Rejections()
-    images = scan(cfg.folder("labelled_dir"), rejections)
     with only_one(folder):
         (folder / config.JOURNAL_DIR).mkdir(exist_ok=True)
+        # Before the files are read: a server that isn't there shows at once.
+        utils.run_async(check_server(cfg))
+        images = identify(paths, cfg.folder("labelled_dir"), rejections)
         facts, failures = utils.run_async(interview(images, cfg))
         if cfg.estimate:
             return utils.EXIT_DONE
@@ -772,6 +805,12 @@ def run(cfg: Config) -> int:
         utils.write_json(folder / config.MANIFEST, manifest)
     print(summary(folder, manifest, rejections))
     return utils.EXIT_SOME_FAILED if rejections.failed else utils.EXIT_DONE
+
+
+async def check_server(cfg: Config) -> None:
+    """Raise PipelineError unless server and models are there, or can be had."""
+    async with VlmServer(cfg) as server:
+        await server.check_models(log.info)
 
 
 async def interview(
@@ -806,10 +845,10 @@ def estimate(progress: Progress, open_images: int) -> str:
     The first question about an image has it encoded; the others find it in the server's
     cache. The largest vision times are those of the first questions.
     """
-    asked = len(progress.vision_s)
+    asked = len(progress.recent_vision_s)
     if not asked:
         return "estimate: nothing is left to ask"
-    slowest = sorted(progress.vision_s, reverse=True)
+    slowest = sorted(progress.recent_vision_s, reverse=True)
     first, others = slowest[: progress.slots], slowest[progress.slots :]
     extra = float(np.mean(first) - np.mean(others)) if others else 0.0
     each = progress.text_s / asked + float(np.mean(others or first))

@@ -21,7 +21,6 @@ numbers of one run can be compared.
 import argparse
 import asyncio
 import io
-import os
 import struct
 import subprocess
 import sys
@@ -48,6 +47,15 @@ from conftest import server_flags  # noqa: E402
 import config  # noqa: E402
 
 OBVIOUS_FILES_AT_ONCE = 5
+MEASURED = """
+import resource, sys
+import fase2_generar_vectores_vlm as fase2
+code = fase2.main(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_SELF)
+(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(code, used.ru_utime + used.ru_stime, int(peak.split()[1]) / 1024)
+"""
+"""Phase 2 that says what it used; ru_maxrss would count its parent's memory as well."""
 
 
 @dataclass(frozen=True)
@@ -84,29 +92,53 @@ def stats(url: str) -> dict[str, Any]:
 
 def phase2(base: Path, url: str, *flags: object) -> Usage:
     """Run phase 2 to a complete dataset."""
-    command = [sys.executable, str(ROOT / "fase2_generar_vectores_vlm.py"), "--quiet"]
-    command += ["--base", str(base), *server_flags(url), *map(str, flags)]
+    command = [sys.executable, "-c", MEASURED, "--quiet", "--base", str(base)]
+    command += [*server_flags(url), *map(str, flags)]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"phase 2 ended with {process.returncode}")
-    cpu_s = used.ru_utime + used.ru_stime
-    return Usage(time.monotonic() - started, cpu_s, used.ru_maxrss / 1024)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
+    )
+    wall_s = time.monotonic() - started
+    code, cpu_s, peak_mb = done.stdout.splitlines()[-1].split()
+    if code != "0":
+        raise SystemExit(f"phase 2 ended with {code}")
+    return Usage(wall_s, float(cpu_s), float(peak_mb))
 
 
-def label(base: Path, count: int, rows: int = 64, columns: int = 64) -> Path:
-    """Make `count` different exposures, all classes in turn, 16 bits a pixel."""
+def label(base: Path, count: int, side: int = 64) -> Path:
+    """Make `count` different exposures of all classes, 16 bits a pixel."""
     for number in range(count):
         name = phantoms.LABELS[number % len(phantoms.LABELS)]
-        exposure = phantoms.exposure(name, number, side=max(rows, columns))
-        if rows != columns:
-            pixels = np.ascontiguousarray(exposure.pixel_array[:rows, :columns])
-            exposure.Rows, exposure.Columns = pixels.shape
-            exposure.PixelData = pixels.tobytes()
-        folder = base / "datos_etiquetados" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        path = base / "datos_etiquetados" / name / f"{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        phantoms.write(phantoms.exposure(name, number, side=side), path)
+    return base
+
+
+def label_large(base: Path, count: int) -> Path:
+    """Make `count` images of 2500 x 3056 pixels, 16 bits each: an edge in noise."""
+    dice = np.random.default_rng(0)
+    across = np.linspace(4000, 40000, 2500) + 9000 * (np.arange(2500) > 1300)
+    for number in range(count):
+        exposure = phantoms.exposure("MTF", number, side=64)
+        noise = dice.normal(0, 300, (3056, 2500)).astype(np.float32)
+        exposure.Rows, exposure.Columns = noise.shape
+        exposure.PixelData = (across + noise).astype(np.uint16).tobytes()
+        path = base / "datos_etiquetados" / "MTF" / f"{number}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        phantoms.write(exposure, path)
+    return base
+
+
+def label_many(base: Path, count: int) -> Path:
+    """Make `count` tiny images that differ in their first pixels only."""
+    folder = base / "datos_etiquetados" / "MTF"
+    folder.mkdir(parents=True)
+    exposure = phantoms.exposure("MTF", 0, side=64)
+    pixels = bytearray(exposure.PixelData)
+    for number in range(count):
+        struct.pack_into("<HH", pixels, 0, number // 100, number % 100)
+        exposure.PixelData = bytes(pixels)
         phantoms.write(exposure, folder / f"{number}.dcm")
     return base
 
@@ -158,20 +190,126 @@ async def obvious_description(path: Path, url: str, prompt: str) -> str:
 
 
 def busy_server(folder: Path, quick: bool) -> None:
-    """Point a, and b with the stand-in's default cache."""
-    images, scale = (12, 0.05) if quick else (40, 0.1)
-    base = label(folder / "a", images)
-    print(f"a  {images} images x 50 descriptions, gpu-like, clock {1 / scale:.0f} times")
+    """Point (a), and (b) for the server of today."""
+    images, scale = (10, 0.05) if quick else (40, 0.1)
+    print(f"a  {images} images x 50 descriptions, gpu-like, scale {scale}")
     for slots in (1, 4):
+        base = label(folder / f"a{slots}", images)
+        flags = ("--server-parallel", slots)
         settings = {"time_model": "gpu", "time_scale": scale, "num_parallel": slots}
+        with stand_in(**settings, cache_ram_mib=0) as url:
+            whole = phase2(base, url, *flags)
+            seen = stats(url)
+            # A run with nothing left to ask: start-up, scan and the dataset's files.
+            around_s = phase2(base, url, *flags).wall_s
+        wall_s = whole.wall_s - around_s
+        in_use = seen["slot_busy_s"] / (slots * wall_s)
+        ratio = wall_s / seen["busy_s"]
+        report(f"{slots} slot(s): wall / server busy", f"{ratio:.3f}", "<= 1.03")
+        report(f"{slots} slot(s): slots in use, share of wall", f"{in_use:.3f}", "none")
+        report(f"{slots} slot(s): start-up and end, seconds", f"{around_s:.1f}", "none")
+        encodes = seen["encodes"] / images
+        report(f"b  {slots} slot(s): encodes per image", f"{encodes:.2f}", "1.00")
+
+
+def encodes_of_old_servers(folder: Path) -> None:
+    """Point (b) for servers up to 0.24, which know the last four images."""
+    for slots in (1, 4):
+        base = label(folder / f"b{slots}", 16)
+        settings = {"era": "llamarunner", "time_model": "gpu", "time_scale": 0.02}
+        with stand_in(**settings, num_parallel=slots) as url:
+            phase2(base, url, "--server-parallel", slots, "--descriptions", 8)
+            encodes = stats(url)["encodes"] / 16
+        report(f"b  0.24, {slots} slot(s): encodes per image", f"{encodes:.2f}", "1.00")
+
+
+def against_the_obvious_script(folder: Path, quick: bool) -> None:
+    """Point (c). With a quick clock the images shrink, so that PNGs keep their cost.
+
+    Imports don't count in the obvious script, so that a second run of phase 2, with
+    nothing to ask, is taken off here as in (a).
+    """
+    prompts = 4 if quick else 10
+    small = label(folder / "c_small", 5, side=618)
+    large = label_large(folder / "c_large", 5)
+    cases: list[tuple[str, Path, dict[str, object], str]] = [
+        ("cpu, RAM cache off", small, {"cache_ram_mib": 0}, ">= 2.0"),
+        ("cpu, RAM cache on", small, {}, ">= 1.0"),
+        ("gpu, RAM cache on", large, {}, ">= 1.3"),
+    ]
+    print(f"c  5 images x {prompts} descriptions; the obvious script takes longer by")
+    for name, base, settings, target in cases:
+        settings |= {"time_model": name[:3], "time_scale": 1 if base == large else 0.05}
         with stand_in(**settings) as url:
-            phase2(base, url, "--server-parallel", slots, "--estimate")
-            before = stats(url)
-            used = phase2(base, url, "--server-parallel", slots)
-            after = stats(url)
-        (base / "dataset_final_vlm").rename(folder / f"done_{slots}")
-        busy_s = after["busy_s"] - before["busy_s"]
-        slot_s = after["slot_busy_s"] - before["slot_busy_s"]
-        report(f"{slots} slots: wall / busy", f"{used.wall_s / busy_s:.3f}", "<= 1.03")
-        share = slot_s / (slots * used.wall_s)
-        report(f"{slots} slots: share of the slots in use", f"{share:.3f}", "-")
+            theirs = obvious(base, url, prompts)
+        ours = folder / f"c_{target}"
+        ours.mkdir()
+        (ours / "datos_etiquetados").symlink_to(base / "datos_etiquetados")
+        with stand_in(**settings) as url:
+            mine = phase2(ours, url, "--descriptions", prompts).wall_s
+            mine -= phase2(ours, url, "--descriptions", prompts).wall_s
+        report(
+            f"{name}, scale {settings['time_scale']}", f"{theirs / mine:.2f}", target
+        )
+
+
+def own_time(folder: Path, quick: bool) -> None:
+    """Point (d): the server answers at once, so that phase 2 works without a pause."""
+    images = 8 if quick else 20
+    base = label_large(folder / "d", images)
+    with stand_in() as url:
+        used = phase2(base, url)
+    print(f"d  {images} images of 2500 x 3056, 16 bits, 50 descriptions each")
+    start_s = start_up_s()
+    each = 1000 * (used.cpu_s - start_s) / images / 50
+    report("CPU per description without imports, ms", f"{each:.2f}", "< 5")
+    report("CPU of the imports, once, s", f"{start_s:.2f}", "none")
+
+
+def start_up_s() -> float:
+    """CPU seconds to start Python and import phase 2."""
+    code = "import fase2_generar_vectores_vlm, time; print(time.process_time())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
+    return float(done.stdout)
+
+
+def memory(folder: Path, quick: bool) -> None:
+    """Point (e)."""
+    peaks = []
+    many = 1000 if quick else 10_000
+    for count in (100, many):
+        base = label_many(folder / f"e{count}", count)
+        with stand_in() as url:
+            peaks.append(phase2(base, url, "--descriptions", 1).peak_mb)
+    print(
+        f"e  peak memory {peaks[0]:.0f} MB with 100 images, {peaks[1]:.0f} with {many}"
+    )
+    report(f"{many} images over 100", f"{peaks[1] / peaks[0]:.2f}", "<= 1.25")
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer images")
+    parser.add_argument("--only", default="abcde", help="points to measure, e.g. ac")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "a" in args.only:
+            busy_server(folder, args.quick)
+        if "b" in args.only:
+            encodes_of_old_servers(folder)
+        if "c" in args.only:
+            against_the_obvious_script(folder, args.quick)
+        if "d" in args.only:
+            own_time(folder, args.quick)
+        if "e" in args.only:
+            memory(folder, args.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

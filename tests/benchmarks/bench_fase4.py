@@ -15,9 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import phantoms
 from conftest import server_flags
@@ -26,6 +25,7 @@ from fake_ollama import FakeOllama
 import fase2_generar_vectores_vlm as fase2
 import fase3_entrenamiento_svc as fase3
 
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = 5
 NEW_IMAGES = 6
 
@@ -54,8 +54,7 @@ def new_images(folder: Path) -> list[str]:
 
 def measure(base: Path, images: list[str], slots: int) -> tuple[float, float, float]:
     """Seconds to the first VLM request, of asking, and of the server being busy."""
-    clock = {"time_model": "gpu", "load_s": 0.0, "num_parallel": slots}
-    with FakeOllama(**clock) as fake:
+    with FakeOllama(time_model="gpu", load_s=0.0, num_parallel=slots) as fake:
         command = [sys.executable, str(ROOT / "fase4_inferencia_vlm.py")]
         flags = [*server_flags(fake.url), "--server-parallel", str(slots)]
         started = time.monotonic()
