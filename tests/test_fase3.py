@@ -193,6 +193,13 @@ def test_every_image_is_held_out_once_per_repeat(tmp_path: Path) -> None:
     assert np.all(held_out == 1)
 
 
+def test_a_fold_that_large_groups_leave_empty_is_passed_over(tmp_path: Path) -> None:
+    _, study = study_of(write_dataset(tmp_path), repeats=1)
+    uneven = replace(study, folds=np.where(study.folds == 1, 0, study.folds))
+    assert len(list(uneven.splits())) == 4
+    fase3.held_out_scores(uneven, ["protocol"])
+
+
 def test_own_and_generic_rows_weigh_alike(tmp_path: Path) -> None:
     _, study = study_of(write_dataset(tmp_path, own=8, generic=2), pool=2)
     weight, generic = study.space.weight, study.space.generic
@@ -231,6 +238,23 @@ def test_a_search_chooses_inside_the_folds_and_is_no_worse(
     metrics = run(base, "--search", search, "--repeats", "1", "--descriptions", "4")
     assert metrics["evaluation"]["accuracy"]["value"] >= 0.9
     assert metrics["model"]["kernel"] in ("linear", "rbf")
+
+
+def test_images_that_look_wrongly_labelled_are_listed(
+    tmp_path: Path,
+) -> None:
+    dataset, _ = study_of(write_dataset(tmp_path))
+    scores = np.tile(np.eye(3)[dataset.labels], (2, 1, 1))
+    scores[0, 5] = scores[:, 7] = [0, 0, 2]
+    found = fase3.misjudged(scores, dataset)
+    assert [(each["file"], each["wrong"]) for each in found] == [
+        ("FDT/007.dcm", 1.0),
+        ("FDT/005.dcm", 0.5),
+    ]
+    assert found[0]["decided"] == "TOR"
+    lines = list(fase3.misjudged_lines({"misjudged": found}, verbose=True))
+    assert lines[0].endswith("100 % of the repeats: FDT/007.dcm (on average TOR)")
+    assert not list(fase3.misjudged_lines({"misjudged": found}, verbose=False))
 
 
 # --- Checks that can fail -----------------------------------------------------------
@@ -319,7 +343,7 @@ def test_the_pixel_check_says_when_the_descriptions_add_nothing(tmp_path: Path) 
     telling = np.eye(3)[dataset.labels]
     useless = np.random.default_rng(0).normal(size=(36, 3))
     right = np.ones(study.folds.shape, bool)
-    assert "adds nothing" in fase3.check_pixels(study, telling, right).warning
+    assert "not shown that" in fase3.check_pixels(study, telling, right).warning
     assert not fase3.check_pixels(study, useless, right).warning
 
 
@@ -422,6 +446,18 @@ def test_no_threshold_is_chosen_where_nothing_is_safe() -> None:
     assert limit == config.NEVER
 
 
+def test_held_out_images_that_are_strange_or_unsure_count_as_not_answered(
+    tmp_path: Path,
+) -> None:
+    dataset, study = study_of(write_dataset(tmp_path), repeats=2)
+    scores = np.tile(10 * np.eye(3)[dataset.labels], (2, 1, 1))
+    scores[:, 3] = 0.1 * scores[:, 3]
+    novelty = np.ones(36)
+    novelty[20] = 9
+    _, answered = fase3.cross_fit(study, scores, novelty, 0.05)
+    assert set(np.flatnonzero(~answered[0])) == {3, 20}
+
+
 def test_the_report_says_how_many_known_images_would_be_answered(
     separable: Path,
 ) -> None:
@@ -492,6 +528,13 @@ def test_novelty_of_known_images_leaves_their_own_rows_out(separable: Path) -> N
     with_own = utils.novelty(neighbours.distances(neighbours.rows[own]))
     assert apart[7] > with_own
     assert 0 < np.mean(apart > limits["novelty"]) <= config.KNOWN_REFUSED_SHARE
+
+
+def test_few_images_can_not_show_that_one_of_them_is_a_stranger() -> None:
+    scores = np.eye(2)[[0, 1] * 4][None]
+    novelty = np.arange(8.0)
+    _, limits = fase3.thresholds(scores, np.array([0, 1] * 4), novelty, 0.05)
+    assert limits["novelty"] == novelty.max()
 
 
 def test_long_rows_are_projected_and_keep_their_distances() -> None:

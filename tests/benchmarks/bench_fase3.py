@@ -11,9 +11,11 @@ directions, and white noise. Accuracy is that of new images, 10 generic rows eac
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,12 +125,19 @@ def new_images(world: World) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
 
 
 def cost(command: Sequence[str]) -> tuple[float, float]:
-    """CPU seconds and peak megabytes of one command."""
+    """CPU seconds and peak megabytes of one command (Linux).
+
+    Not ru_maxrss, which starts at the size of the process that forks.
+    """
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    peak_kib = 0
+    while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+        status = Path(f"/proc/{child.pid}/status").read_text("ascii")
+        peak_kib = int((re.findall(r"VmHWM:\s+(\d+)", status) or [peak_kib])[0])
+        time.sleep(0.02)
+    child.returncode = os.waitstatus_to_exitcode(ended[1])
     assert child.returncode == 0, command
-    return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
+    return ended[2].ru_utime + ended[2].ru_stime, peak_kib * 1024 / 1e6
 
 
 def accuracy(folder: Path, new: tuple[NDArray[Any], NDArray[Any]]) -> float:
