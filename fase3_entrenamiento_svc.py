@@ -117,7 +117,7 @@ def load_dataset(folder: Path) -> Dataset:
     if not {"sha256", "conditions", "probe_vector"} <= set(manifest):
         raise PipelineError(f"{folder / config.MANIFEST} is not complete: {PHASE_2}")
     for name in (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS):
-        check_digest(folder / name, manifest["sha256"].get(name))
+        utils.check_digest(folder / name, manifest["sha256"].get(name), PHASE_2)
     table = utils.read_csv(folder / config.DATASET_ROWS)
     rows, y = (load_array(folder / n) for n in (config.DATASET_X, config.DATASET_Y))
     if problem := find_problem(rows, y, table):
@@ -134,16 +134,6 @@ def load_dataset(folder: Path) -> Dataset:
         files=[line["file"] for line in images.values()],
         manifest=manifest,
     )
-
-
-def check_digest(path: Path, expected: str | None) -> None:
-    if not path.is_file():
-        raise PipelineError(f"{path} is missing: {PHASE_2}")
-    if utils.sha256_of(path) != expected:
-        raise PipelineError(
-            f"{path} is not the file that {config.MANIFEST} describes (changed, "
-            f"damaged or from another run): {PHASE_2}"
-        )
 
 
 def load_array(path: Path) -> NDArray[Any]:

@@ -74,7 +74,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     )
     try:
         for name, expected in metrics["sha256"].items():
-            _check_file(folder / name, expected)
+            utils.check_digest(folder / name, expected, TRAIN_AGAIN)
         trained_with = metrics["libraries"]["scikit-learn"]
     except (KeyError, AttributeError):
         raise PipelineError(
@@ -87,16 +87,6 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             f"`pip install scikit-learn=={trained_with}`"
         )
     return metrics
-
-
-def _check_file(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise PipelineError(f"{path} is missing: {TRAIN_AGAIN}")
-    if utils.sha256_of(path) != expected:
-        raise PipelineError(
-            f"{path} is not the file that phase 3 wrote, so it is not loaded: "
-            f"{TRAIN_AGAIN}"
-        )
 
 
 def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
@@ -165,6 +155,14 @@ def check_probe(
             "answer all the same with --force"
         )
     return [problem]
+
+
+def check_count(metrics: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Say when the thresholds were chosen for another number of descriptions."""
+    k, asked = metrics["k"], cfg.inference_descriptions
+    if asked == k:
+        return []
+    return [f"thresholds were chosen for {k} descriptions an image, now {asked}"]
 
 
 # --- One image after another --------------------------------------------------------
@@ -397,6 +395,7 @@ async def classify(
             facts = await server.preflight(log.info)
             warnings = check_conditions(metrics, utils.conditions(cfg, facts), cfg)
             warnings += check_probe(metrics, facts, cfg)
+            warnings += check_count(metrics, cfg)
             for warning in warnings:
                 log.warning("warning: %s", warning)
             inference = Inference(

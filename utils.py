@@ -202,6 +202,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_digest(path: Path, expected: str | None, remedy: str) -> None:
+    """Refuse a file that is not the one whose SHA-256 a manifest records.
+
+    Raises
+    ------
+    PipelineError
+        The file is missing, or its bytes are others.
+    """
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing: {remedy}")
+    if sha256_of(path) != expected:
+        raise PipelineError(
+            f"{path} is not the file that was written (changed, damaged or from "
+            f"another run): {remedy}"
+        )
+
+
 # --- DICOM --------------------------------------------------------------------------
 
 
@@ -294,7 +311,7 @@ def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
             with _silence():
                 return pixel_array(dataset, index=index)
         frames = compressed_frames(memoryview(dataset.PixelData), layout.frames)
-        stream = b"".join(frames[index])
+        stream = joined(frames[index])
         pixels = decode_stream(stream, layout)
         layout = layout.decoded(stream_facts(stream, layout))
     except RejectedError:
@@ -390,7 +407,7 @@ def open_dicom(path: Path, limit_mb: int) -> tuple[Buffer, Encoding]:
     return _open_dataset(data, limit)
 
 
-def _read_whole(path: Path, limit: int) -> bytearray:
+def _read_whole(path: Path, limit: int) -> memoryview:
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     with open(os.open(path, flags), "rb", buffering=0) as file:  # noqa: PTH123
         before = os.fstat(file.fileno())
@@ -400,10 +417,10 @@ def _read_whole(path: Path, limit: int) -> bytearray:
         _dataset_start(head)
         if before.st_size > limit:
             raise RejectedError(f"larger than {limit >> 20} MB (--max-image-mb)")
-        data = bytearray(before.st_size)
+        data = np.empty(before.st_size, np.uint8).data  # never zeroed first
         data[: len(head)] = head
         done = len(head)
-        while done < len(data) and (count := file.readinto(memoryview(data)[done:])):
+        while done < len(data) and (count := file.readinto(data[done:])):
             done += count
         after = os.fstat(file.fileno())
     unchanged = (before.st_size, before.st_mtime_ns) == (
@@ -620,6 +637,11 @@ def compressed_frames(value: memoryview, frames: int) -> list[list[memoryview]]:
     return grouped
 
 
+def joined(fragments: Sequence[memoryview]) -> Buffer:
+    """A frame's codestream: copied only where it has several fragments."""
+    return fragments[0] if len(fragments) == 1 else b"".join(fragments)
+
+
 def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
     """Offset table and fragments, with offsets counted as the table counts them."""
     items: list[tuple[int, memoryview]] = []
@@ -640,12 +662,12 @@ def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
     return items
 
 
-def decode_stream(stream: bytes, layout: PixelLayout) -> NDArray[Any]:
+def decode_stream(stream: Buffer, layout: PixelLayout) -> NDArray[Any]:
     """Decode one compressed frame.
 
     Parameters
     ----------
-    stream : bytes
+    stream : bytes-like
         The codestream; its markers, not the transfer syntax, say which codec it needs.
     layout : PixelLayout
         What the header says.
@@ -688,14 +710,12 @@ def _container(
         if spare:
             pixels = pixels << spare >> spare
     else:
-        pixels = unsigned & ((1 << precision) - 1) if spare else unsigned
+        pixels = unsigned & ((1 << precision) - 1) if spare > 0 else unsigned
     kind = "i" if layout.signed else "u"
     return pixels.astype(f"<{kind}{layout.bits_allocated // 8}", copy=False)
 
 
-def _decode_jpeg(
-    stream: bytes, facts: StreamFacts, layout: PixelLayout
-) -> NDArray[Any]:
+def _decode_jpeg(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
     if layout.samples == 1:
         return np.asarray(imagecodecs.jpeg8_decode(stream))
     space = "YCBCR" if facts.becomes_rgb else "RGB"
@@ -704,7 +724,7 @@ def _decode_jpeg(
     )
 
 
-def _decode_rle(stream: bytes, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
+def _decode_rle(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
     dtype = f"<u{layout.bits_allocated // 8}"
     decoded = imagecodecs.dicomrle_decode(stream, dtype)
     if len(decoded) != layout.frame_bits // 8:
@@ -713,7 +733,7 @@ def _decode_rle(stream: bytes, facts: StreamFacts, layout: PixelLayout) -> NDArr
     return np.moveaxis(planes, 0, -1)
 
 
-_DECODERS: dict[str, Callable[[bytes, StreamFacts, PixelLayout], NDArray[Any]]] = {
+_DECODERS: dict[str, Callable[[Any, StreamFacts, PixelLayout], NDArray[Any]]] = {
     "JPEG": _decode_jpeg,
     "JPEG Lossless": _decode_jpeg,
     "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),
@@ -1027,12 +1047,21 @@ def server_url(cfg: config.Config) -> str:
 
     A server bound to every interface (0.0.0.0) is reached at the loopback address.
     """
-    host = cfg.host_url.rstrip("/")
-    address = urlsplit(host if "://" in host else f"http://{host}")
-    name = (address.hostname or "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
-    name = f"[{name}]" if ":" in name else name
-    implied = {"http": 80, "https": 443}[address.scheme] if "://" in host else 11434
-    return f"{address.scheme}://{name}:{address.port or implied}{address.path}"
+    host = cfg.host_url.strip().rstrip("/")
+    try:
+        address = urlsplit(host if "://" in host else f"http://{host}")
+        implied = {"http": 80, "https": 443}[address.scheme]
+        port = address.port or (implied if "://" in host else 11434)
+        name = (address.hostname or "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
+        name = f"[{name}]" if ":" in name else name
+        if len(host.split()) > 1:
+            raise ValueError("white space")
+    except (KeyError, ValueError):
+        raise PipelineError(
+            f"{cfg.host_url!r} is no address of a server: write --host (or "
+            "OLLAMA_HOST) like http://127.0.0.1:11434"
+        ) from None
+    return f"{address.scheme}://{name}:{port}{address.path}"
 
 
 def is_loopback(url: str) -> bool:
@@ -1061,6 +1090,7 @@ class VlmServer:
         self._recovery = asyncio.Lock()
         self._given_up_in_a_row = 0
         self._n_features = 0
+        self._tell: Callable[[str], object] = lambda _: None
 
     async def __aenter__(self) -> Self:
         return self
@@ -1079,14 +1109,17 @@ class VlmServer:
         Parameters
         ----------
         progress : callable
-            Takes a line about a download (``--pull``) as it goes on.
+            Takes a line about what takes a while: downloads (``--pull``), loading and,
+            later, waiting for a server that went away.
 
         Raises
         ------
         PipelineError
             Naming what is missing, and the command that mends it.
         """
+        self._tell = progress
         version = await self.check_models(progress)
+        progress(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
         try:
             return await self._tried_models(version)
         except _FAILURES as error:
@@ -1384,7 +1417,7 @@ class VlmServer:
 
     async def _wait_for_server(self) -> None:
         """Return when the server answers, with the VLM loaded again if need be."""
-        deadline = time.monotonic() + self._cfg.wait
+        deadline, told = time.monotonic() + self._cfg.wait, ""
         while True:
             try:
                 async with asyncio.timeout(self._cfg.connect_timeout):
@@ -1395,6 +1428,9 @@ class VlmServer:
             except _FAILURES as error:
                 if not _may_pass(error):
                     raise self._given_up(error) from None
+                if not told:
+                    told = f"the server at {self._url} is away ({_short(error)})"
+                    self._tell(f"{told}: waiting up to {self._cfg.wait:.0f} s")
                 if time.monotonic() >= deadline:
                     raise PipelineError(
                         f"the server at {self._url} has not answered for "
@@ -1485,7 +1521,9 @@ def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
 
 
 _SERVER_AWAY = (ConnectionError, httpx.TransportError, TimeoutError)
-_FAILURES = (ollama.ResponseError, *_SERVER_AWAY, ValueError)
+# ValueError: the body was no JSON, or not what was asked for. AttributeError: what the
+# client makes of an error whose JSON is a list.
+_FAILURES = (ollama.ResponseError, *_SERVER_AWAY, ValueError, AttributeError)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -1495,8 +1533,7 @@ def _may_pass(error: Exception) -> bool:
             # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
             return "EOF" in str(error)
         return error.status_code not in (401, 403, 404, 413)
-    # ValueError: the body was no JSON, or not what was asked for.
-    if isinstance(error, (*_SERVER_AWAY, ValueError)):
+    if isinstance(error, _FAILURES):
         return True
     raise error
 
@@ -1550,7 +1587,9 @@ def _find(digests: Mapping[str, str], model: str) -> str:
 
 def _short(error: object) -> str:
     """An error in at most 200 characters of one line; the server nests JSON in JSON."""
-    text = str(getattr(error, "error", error)) or type(error).__name__
+    late = isinstance(error, (TimeoutError, httpx.TimeoutException))
+    name = "no answer in time" if late else type(error).__name__
+    text = str(getattr(error, "error", error)) or name
     try:
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)

@@ -678,7 +678,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: (base / "dataset_final_vlm" / X).unlink(),
         r"dataset_X\.npy is missing: run `python fase2",
     ),
-    "changed later": (change_later, "is not the file that manifiesto.json describes"),
+    "changed later": (change_later, "is not the file that was written"),
     "truncated": (truncate, "can't be read"),
     "pickled": (
         lambda base: rewrite(base, Y, lambda y: y.astype(object)),

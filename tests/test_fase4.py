@@ -283,7 +283,7 @@ def test_a_tampered_model_file_is_not_loaded(
     path = base / "modelo_final_vlm" / name
     path.write_bytes(path.read_bytes() + b"x")
     assert refused(base, shared_fake, new)
-    assert f"{name} is not the file that phase 3 wrote" in caplog.text
+    assert f"{name} is not the file that was written" in caplog.text
 
 
 def test_a_missing_model_file_is_named(
@@ -386,6 +386,16 @@ def test_an_embedder_of_another_size_is_refused_even_with_force(
     edit(base, lambda m: m.update(probe_vector=probe))
     assert refused(base, shared_fake, new, "--force")
     assert "gives 256 numbers, the model was trained on 3" in caplog.text
+
+
+def test_another_number_of_descriptions_than_in_training_is_said(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert phase4(base, shared_fake, "--json", "--descriptions", 3, new) == 0
+    for result in json_lines(capsys):
+        assert result["warnings"] == [
+            "thresholds were chosen for 5 descriptions an image, now 3"
+        ]
 
 
 def test_ctrl_c_ends_with_130_and_keeps_what_is_known(
