@@ -421,9 +421,8 @@ def _decoded_icon(item: Header) -> dict[int, bytes]:
         return {}
     layout = PixelLayout.of(item.get)
     value = memoryview(item.data)[pixels.value : pixels.end]
-    streams = [
-        b"".join(parts) for parts in utils.compressed_frames(value, layout.frames)
-    ]
+    parts = utils.compressed_frames(value, layout.frames)
+    streams = [utils.joined(one) for one in parts]
     decoded = layout.decoded(utils.stream_facts(streams[0], layout))
     frames = b"".join(utils.decode_stream(one, layout).tobytes() for one in streams)
     vr = "OB" if decoded.bits_allocated <= 8 else "OW"
@@ -570,6 +569,8 @@ class Task:
     source: Path
     temporary: Path
     limit_mb: int
+    facts: tuple[int, int] = (-1, -1)
+    """Size and time of change before it is read: a later change is seen next time."""
 
 
 @dataclass(frozen=True)
@@ -686,7 +687,7 @@ class Image:
         yield from rewrite(after, {})
 
     def _is_wrapped(self, value: memoryview) -> bool:
-        """Some writers give the length of fragments, which PS3.5 A.4 leaves undefined."""
+        """Some writers give fragments a length, which PS3.5 A.4 leaves undefined."""
         is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
         return is_item and UID(self.encoding.transfer_syntax).is_encapsulated
 
@@ -713,7 +714,7 @@ class Image:
 
     def _decoded(self, value: memoryview) -> tuple[Iterator[Buffer], Changes, int]:
         parts = utils.compressed_frames(value, self.layout.frames)
-        streams = map(b"".join, parts)
+        streams = map(utils.joined, parts)
         first = next(streams)
         facts = utils.stream_facts(first, self.layout)
         codec = facts.codec
@@ -736,13 +737,13 @@ class Image:
             self.header.notes.append(f"bits stored {stored}, as in the codestream")
         return iter(frames), self._missing() | changes, self.layout.size
 
-    def _decode(self, stream: bytes, layout: PixelLayout) -> Buffer:
+    def _decode(self, stream: Buffer, layout: PixelLayout) -> Buffer:
         try:
             pixels = utils.decode_stream(stream, layout)
         except RejectedError:
             raise
         except Exception as error:  # each decoder raises errors of its own
-            pixels = self._decode_by_plugins(stream, error)
+            pixels = self._decode_by_plugins(bytes(stream), error)
             self.decoder = "pydicom's plugins"
         if pixels.nbytes * self.layout.frames != self.layout.size:
             raise RejectedError("has frames of different sizes")
@@ -1176,16 +1177,12 @@ class Ledger:
                 *(identity_of(path), os.fsencode(path.name).decode("latin-1")),
             )
 
-    def is_done(self, source: Path) -> bool:
+    def is_done(self, source: Path, facts: tuple[int, int]) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
-        try:
-            facts = source.stat()
-        except OSError:
-            return False
         row = self._do(
             "UPDATE sources SET run = ? WHERE path = ? AND size = ? AND mtime = ?"
             " RETURNING output, reason, may_pass",
-            *(self._run, self._key(source), facts.st_size, facts.st_mtime_ns),
+            *(self._run, self._key(source), *facts),
         ).fetchone()
         self._save_sometimes()
         if row is None:
@@ -1219,36 +1216,35 @@ class Ledger:
 
     # What happens
 
-    def reject(self, source: Path, reason: str, may_pass: bool = False) -> None:
+    def reject(
+        self,
+        source: Path,
+        reason: str,
+        may_pass: bool = False,
+        facts: tuple[int, int] = (-1, -1),
+    ) -> None:
         """Record why a file has no output."""
         log.debug("%s: %s", clean(source), reason)
         self.counts["rejected"] += 1
-        self._record(source, "", reason, may_pass)
+        self._record(source, facts, "", clean(reason), may_pass)
 
     def _record(
-        self, source: Path, output: str, reason: str = "", may_pass: bool = False
+        self,
+        source: Path,
+        facts: tuple[int, int],
+        output: str,
+        reason: str = "",
+        may_pass: bool = False,
     ) -> None:
+        key = self._key(source)
         if not self._one(
             "SELECT 1 FROM sources WHERE path = ? AND output = ? AND reason = ?",
-            *(self._key(source), output, clean(reason)),
+            *(key, output, reason),
         ):
             self._unseal()
-        try:
-            facts = source.stat()
-            size, mtime = facts.st_size, facts.st_mtime_ns
-        except OSError:
-            size, mtime = -1, -1
         self._do(
             "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
-            *(
-                self._key(source),
-                size,
-                mtime,
-                self._run,
-                output,
-                clean(reason),
-                may_pass,
-            ),
+            *(key, *facts, self._run, output, reason, may_pass),
         )
         self._save_sometimes()
 
@@ -1267,7 +1263,7 @@ class Ledger:
                 " or choose another folder, then run the same command again"
             )
         if outcome.reason:
-            self.reject(task.source, outcome.reason, outcome.may_pass)
+            self.reject(task.source, outcome.reason, outcome.may_pass, task.facts)
             return
         recorded, places = self._copies(outcome.identity)
         name = self._same(task, recorded, places)
@@ -1281,7 +1277,7 @@ class Ledger:
             self.counts["written"] += 1
         if name not in recorded or not places:
             self._record_output(task, outcome, name)
-        self._record(task.source, name)
+        self._record(task.source, task.facts, name)
 
     def _copies(self, identity: str) -> tuple[list[str], dict[Path, str]]:
         """Names given to this identity, and the files that hold it."""
@@ -1503,9 +1499,19 @@ def new_tasks(ledger: Ledger, source_dir: Path, limit_mb: int) -> Iterator[Task]
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
             log.info("%d files after %.0f s", count, told - started)
-        if not ledger.is_done(path):
+        facts = facts_of(path)
+        if not ledger.is_done(path, facts):
             name = TEMPORARY.replace("*", f"{os.getpid()}-{count}")
-            yield Task(path, ledger.folder / name, limit_mb)
+            yield Task(path, ledger.folder / name, limit_mb, facts)
+
+
+def facts_of(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file that may have gone."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
 
 
 def settle(ledger: Ledger, task: Task, result: Outcome | str) -> None:

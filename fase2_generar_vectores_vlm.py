@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -585,7 +586,9 @@ class Progress:
             return
         self._shown_at = now
         if terminal:
-            print(f"\r\033[K{self.line()}", end="", file=sys.stderr, flush=True)
+            # A line that wraps could not be written over.
+            line = self.line()[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         else:
             log.info("%s", self.line())
 
@@ -593,6 +596,13 @@ class Progress:
         """End the line that changes."""
         if sys.stderr.isatty() and not self.quiet:
             print(f"\r\033[K{self.line()}", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """A line of its own, also where the line that changes stands."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    log.info("%s", text)
 
 
 def _duration(seconds: float) -> str:
@@ -727,8 +737,8 @@ class Dataset:
     def quality(self) -> dict[str, dict[str, int]]:
         """Per prompt: answers, and how many were cut, refused, repeated or asked anew.
 
-        "repeated" counts answers given word for word to another image as well: a prompt
-        that the VLM answers without looking.
+        "repeated" counts answers that another image got in the same words, in whatever
+        order: a prompt that the VLM answers without looking.
         """
         counts: dict[str, Counter[str]] = {}
         texts: dict[str, Counter[int]] = {}
@@ -738,7 +748,7 @@ class Dataset:
             count["answers"] += 1
             count[answer.problem or "whole"] += 1
             count["asked_anew"] += len(attempts) - 1
-            words = " ".join(answer.text.lower().split())
+            words = frozenset(answer.text.lower().split())
             texts.setdefault(question.prompt, Counter())[hash(words)] += 1
         for prompt, same in texts.items():
             counts[prompt]["repeated"] = sum(n for n in same.values() if n > 1)
@@ -810,7 +820,7 @@ def run(cfg: Config) -> int:
 async def check_server(cfg: Config) -> None:
     """Raise PipelineError unless server and models are there, or can be had."""
     async with VlmServer(cfg) as server:
-        await server.check_models(log.info)
+        await server.check_models(say)
 
 
 async def interview(
@@ -818,7 +828,7 @@ async def interview(
 ) -> tuple[ServerFacts, dict[str, str]]:
     """Ask the server all that is open; failures come back by image id."""
     async with VlmServer(cfg) as server:
-        facts = await server.preflight(log.info)
+        facts = await server.preflight(say)
         announce(cfg, facts, images)
         conditions = utils.conditions(cfg, facts)
         open_images, to_ask = questions_left(images, conditions, cfg)
@@ -827,15 +837,16 @@ async def interview(
         progress = Progress(len(images), to_ask, cfg.server_parallel, cfg.quiet)
         asking = Interview(server, facts, cfg, progress)
         if cfg.estimate:
-            await asking.run(images[: cfg.server_parallel])
-            print(estimate(progress, open_images))
-            return facts, {}
-        # The dataset is about to change: until it is whole again it has no manifest.
-        (cfg.folder("dataset_dir") / config.MANIFEST).unlink(missing_ok=True)
+            images = images[: cfg.server_parallel]
+        else:
+            # The dataset will change: until it is whole again it has no manifest.
+            (cfg.folder("dataset_dir") / config.MANIFEST).unlink(missing_ok=True)
         try:
             await asking.run(images)
         finally:
             progress.close()
+    if cfg.estimate:
+        print(estimate(progress, open_images))
     return facts, asking.failures
 
 
@@ -880,11 +891,20 @@ def summary(folder: Path, manifest: dict[str, Any], rejections: Rejections) -> s
             for name in ("whole", "cut", "refusal", "repeated", "asked_anew")
         )
     )
+    lines += _weak_prompts(manifest["quality_per_prompt"])
     if rejections.rows:
         listed = folder / config.REJECTED_LIST
         lines.append(f"left out: {len(rejections.rows)} files, listed in {listed}")
     lines.append("next: python fase3_entrenamiento_svc.py")
     return "\n".join(lines)
+
+
+def _weak_prompts(quality: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """The prompts with which the VLM can do little: most answers cut or refused."""
+    for prompt, count in quality.items():
+        bad = sum(count.get(name, 0) for name in ("cut", "refusal", "repeated"))
+        if bad > count["answers"] / 2:
+            yield f"{bad} of {count['answers']} cut, refused or repeated: {prompt}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1100,7 +1100,8 @@ def evaluation_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     for name, each in found["classes"].items():
         parts = "  ".join(shown(each[key]) for key in ("precision", "recall", "f1"))
         yield f"  {name:<{width}} {each['images']:>6}  {parts}"
-    yield f"\n  {'is':<{width}}" + "".join(f"  {'-> ' + n:>{width}}" for n in names)
+    yield f"\n  Images, mean of {splits['repeats']} repeats"
+    yield f"  {'is':<{width}}" + "".join(f"  {'-> ' + n:>{width}}" for n in names)
     for name, row in zip(names, found["confusion_matrix"], strict=True):
         cells = "".join(f"  {round(count, 1):>{width}g}" for count in row)
         yield f"  {name:<{width}}{cells}"
@@ -1143,6 +1144,11 @@ def find_warnings(dataset: Dataset, metrics: Mapping[str, Any]) -> Iterable[str]
         yield (
             f"measured with {metrics['k_measured']} descriptions, all that the "
             f"dataset has of an image; phase 4 asks {metrics['k']}"
+        )
+    if splits["group_by"] != "image":
+        yield (
+            f"the intervals count images, but those of one {splits['group_by']} are "
+            f"alike: with {splits['groups']} groups the truth may lie outside"
         )
     if splits["folds"] < splits["folds_asked"]:
         yield f"{splits['folds']} folds only: the smallest class has no more"
@@ -1293,6 +1299,8 @@ def run(cfg: Config) -> int:
     metrics["warnings"] = list(find_warnings(dataset, metrics))
     write_model(cfg.folder("model_dir"), metrics, (classifier, scaler, neighbours))
     print(*report_lines(metrics), *misjudged_lines(metrics, cfg.verbose), sep="\n")
+    print(f"\nmodel and figures in {cfg.folder('model_dir')}")
+    print("next: python fase4_inferencia_vlm.py FILE_OR_FOLDER …")
     return utils.EXIT_DONE
 
 

@@ -141,7 +141,7 @@ def main() -> int:
     given_up = sum(count for reason, count in kinds.items() if "given up" in reason)
     crashed = sum(count for reason, count in kinds.items() if "crashed" in reason)
     print(f"{args.count} files in {seconds:.0f} s: {given_up} hung, {crashed} crashed")
-    print("a worker process died with each of those and was replaced; the run went on")
+    print("each of those cost one worker process, which was replaced; the run went on")
     return 1 if given_up else 0
 
 

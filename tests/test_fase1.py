@@ -836,9 +836,10 @@ def test_a_crash_is_listed_and_tried_again(base: Path) -> None:
     cfg, _ = config.parse_config(1, "", ["--base", str(base)])
     fase1.make_folders(cfg)
     with fase1.Ledger(cfg) as ledger:
-        task = fase1.Task(source, base / "f1_descomprimidos" / ".t", 64)
+        facts = fase1.facts_of(source)
+        task = fase1.Task(source, base / "f1_descomprimidos" / ".t", 64, facts)
         fase1.settle(ledger, task, "the decoder crashed on it")
-        assert not ledger.is_done(source)
+        assert not ledger.is_done(source, facts)
         assert [row["reason"] for row in ledger.rejected()] == [
             "the decoder crashed on it"
         ]

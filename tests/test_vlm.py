@@ -148,6 +148,14 @@ def test_an_address_is_completed_as_ollama_does(host: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "host", ["ftp://there", "http://there:port", "http://[::1", "two words", "a:99999"]
+)
+def test_what_is_no_address_is_one_line(host: str) -> None:
+    with pytest.raises(PipelineError, match="is no address of a server"):
+        utils.server_url(Config(host=host))
+
+
+@pytest.mark.parametrize(
     ("url", "own"),
     [
         ("http://localhost:1", True),

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import imagecodecs
@@ -154,43 +155,43 @@ def ways(
     samples: Path, work: Path, jobs: int
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every way to decompress `samples`, the obvious script first."""
-
-    def call(*command: object) -> None:
-        subprocess.run(
-            [str(part) for part in command],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
     output = work / "output"
-
-    def obvious() -> None:
-        output.mkdir()
-        call(sys.executable, "-c", OBVIOUS, samples, output)
-
-    def fase1(count: int) -> Callable[[], None]:
-        script = ROOT / "fase1_descompresion.py"
-        flags = ("--base", work, "--input-dir", samples, "--jobs", count)
-        return lambda: call(sys.executable, script, *flags)
-
-    def peer(name: str) -> Callable[[], None]:
-        raw = ("--raw",) if name == "gdcmconv" else ()
-
-        def convert_all() -> None:
-            output.mkdir()
-            for path in sorted(samples.iterdir()):
-                call(name, *raw, path, output / path.name)
-
-        return convert_all
-
-    yield "obvious script", obvious
-    yield "fase1, 1 job", fase1(1)
+    yield "obvious script", partial(obvious, samples, output)
+    yield "fase1, 1 job", partial(fase1, samples, work, 1)
     if jobs > 1:
-        yield f"fase1, {jobs} jobs", fase1(jobs)
+        yield f"fase1, {jobs} jobs", partial(fase1, samples, work, jobs)
     for name in PEERS[samples.name]:
         if shutil.which(name):
-            yield name, peer(name)
+            yield name, partial(peer, name, samples, output)
+
+
+def call(*command: object) -> None:
+    """Run a program in silence."""
+    words = [str(part) for part in command]
+    subprocess.run(words, check=True, capture_output=True)
+
+
+def obvious(samples: Path, output: Path) -> None:
+    """Read, decompress and save with pydicom, one file after the other."""
+    output.mkdir()
+    call(sys.executable, "-c", OBVIOUS, samples, output)
+
+
+def fase1(samples: Path, work: Path, jobs: int) -> None:
+    """Phase 1 as a user runs it."""
+    script = ROOT / "fase1_descompresion.py"
+    call(
+        *(sys.executable, script, "--base", work),
+        *("--input-dir", samples, "--jobs", jobs),
+    )
+
+
+def peer(name: str, samples: Path, output: Path) -> None:
+    """A converter of DCMTK or GDCM, file by file."""
+    output.mkdir()
+    raw = ("--raw",) if name == "gdcmconv" else ()
+    for path in sorted(samples.iterdir()):
+        call(name, *raw, path, output / path.name)
 
 
 def bench(syntax: str, args: argparse.Namespace, folder: Path) -> None:
@@ -210,9 +211,8 @@ def bench(syntax: str, args: argparse.Namespace, folder: Path) -> None:
         cpu = statistics.median(one for one, _ in times)
         wall = statistics.median(one for _, one in times)
         goal = f"  target {TARGETS[syntax]:.2f}" if name == "fase1, 1 job" else ""
-        print(
-            f"  {name:16s} CPU {cpu:7.2f} s  wall {wall:7.2f} s  {cpu / base:5.2f}{goal}"
-        )
+        shown = f"CPU {cpu:7.2f} s  wall {wall:7.2f} s  {cpu / base:5.2f}"
+        print(f"  {name:16s} {shown}{goal}")
     shutil.rmtree(samples)
 
 
