@@ -17,7 +17,8 @@ import httpx
 import numpy as np
 import ollama
 import pytest
-from fake_ollama import EMBED_FAULTS, Engine, FakeOllama, Settings, embed, look
+from fake_ollama import EMBED_FAULTS, PACES, FakeOllama
+from fake_vlm import embed, look
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -322,7 +323,7 @@ class TestTime:
         assert 1.5 < spent[1] / spent[4] < 3.5
 
     def test_four_slots_give_400_tokens_a_second(self) -> None:
-        rate = Engine(Settings(time_model="gpu")).rate
+        rate = PACES["gpu"].rate
         assert rate(1) == 150
         assert 4 * rate(4) == pytest.approx(400, rel=0.01)
 
@@ -565,6 +566,16 @@ class TestEyesAndVoice:
         assert round_.spots > 12
         assert round_.bars > 0
 
+    def test_a_margin_or_a_dead_line_is_no_edge_of_an_object(self) -> None:
+        field = np.array(Image.open(io.BytesIO(flat())))
+        margin, dead = field.copy(), field.copy()
+        margin[:, 290:] = 0
+        dead[:, 100] = 255
+        for image, thin in ((margin, False), (dead, True)):
+            seen = look(png(image))
+            assert seen.lines[0].thin == thin
+            assert seen.longest.length == 0
+
     def test_padding_is_recognised(self) -> None:
         padded = np.full((336, 336), 117, np.uint8)
         padded[60:276] = np.asarray(Image.open(io.BytesIO(flat())))[60:276]
@@ -628,7 +639,7 @@ class TestEmbedder:
         assert np.linalg.norm(legacy) > 1.5
 
     def test_every_process_gives_the_same_vectors(self) -> None:
-        code = "from fake_ollama import embed; print(embed('one two', 16))"
+        code = "from fake_vlm import embed; print(embed('one two', 16))"
         command = [sys.executable, "-c", code]
         env = {"PYTHONPATH": str(HERE), "PYTHONHASHSEED": "7"}
         ran = subprocess.run(command, capture_output=True, env=env, check=True)

@@ -143,7 +143,9 @@ def test_the_same_image_has_the_same_answer(
 def test_a_threshold_that_nothing_reaches_makes_everything_inconclusive(
     base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit(base, lambda metrics: metrics["thresholds"].update(confidence=1.0))
+    edit(
+        base, lambda metrics: metrics["thresholds"].update(confidence=1.0, novelty=1e9)
+    )
     assert phase4(base, shared_fake, new) == 0
     out = capsys.readouterr().out
     assert out.count(f": {config.INCONCLUSIVE} · ") == 3

@@ -1,0 +1,441 @@
+"""What the stand-in for a VLM sees in a picture, says of it, and makes of a text.
+
+No neural network: the eyes measure a picture (brightness, straight edges, circles,
+bars, spots, grain), the voice phrases some of what was measured, with omissions and
+mistakes, and the embedder hashes words. Pure functions; fake_ollama.py serves them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Floats = NDArray[np.float32]
+
+# -------------------------------------------------------------------- eyes ---
+
+SIDE = 336
+"""Longer side of every picture, in pixels, before the eyes look at it."""
+
+
+class Line(NamedTuple):
+    """A straight edge, or a thin line (two edges back to back)."""
+
+    length: float  # as a share of SIDE
+    tilt: float  # degrees away from the nearest axis, 0 to 45
+    axis: str
+    thin: bool
+
+    @property
+    def parallel(self) -> bool:
+        """Parallel to the frame, as collimators and dead lines are."""
+        return self.tilt < 0.4
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was measured in one picture; grey levels 0 to 255, sizes as shares."""
+
+    mean: float
+    spread: float
+    noise: float
+    unevenness: float
+    halves: float
+    brighter: str
+    darker: str
+    dark_corners: int
+    padding: float
+    edges: float
+    lines: tuple[Line, ...]
+    circles: tuple[float, ...]
+    bars: float
+    spots: int
+
+    @property
+    def longest(self) -> Line:
+        """The longest edge that does not look like a margin or a dead line."""
+        none = Line(0, 0, "vertical", thin=False)
+        return next((line for line in self.lines if not line.parallel), none)
+
+
+class NoImageError(ValueError):
+    """These bytes are no picture that can be read."""
+
+
+def decode(data: bytes) -> Floats:
+    """Grey levels of a picture, its longer side brought to SIDE."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            grey = image.convert("L")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise NoImageError(str(error)) from error
+    scale = SIDE / max(grey.size)
+    size = (max(24, round(grey.width * scale)), max(24, round(grey.height * scale)))
+    return np.asarray(grey.resize(size, Image.Resampling.BOX), np.float32)
+
+
+def without_padding(image: Floats) -> tuple[Floats, float]:
+    """The picture inside its border of constant mid-grey, and the border's share."""
+
+    def span(lines: Floats) -> slice:
+        plain = (np.ptp(lines, axis=1) < 2) & (np.abs(lines.mean(axis=1) - 118) < 9)
+        inside = np.flatnonzero(~plain)
+        wide = inside.size and np.ptp(inside) > 24
+        return slice(inside[0], inside[-1] + 1) if wide else slice(None)
+
+    rows = span(image)
+    inner = image[rows, span(image[rows].T)]
+    return inner, 1 - inner.size / image.size
+
+
+def blur(image: Floats, radius: int) -> Floats:
+    """Mean over a square window, edges repeated."""
+    size = 2 * radius + 1
+    for _ in range(2):
+        padded = np.pad(image, ((radius + 1, radius), (0, 0)), "edge")
+        sums = np.cumsum(padded, axis=0, dtype=np.float64)
+        image = ((sums[size:] - sums[:-size]) / size).astype(np.float32).T
+    return image
+
+
+def find_edges(image: Floats) -> Floats:
+    """Thin edge points: rows x and y about the centre, and direction of the slope.
+
+    Their slope stands out of the noise and of both neighbours along it.
+    """
+    gy, gx = (np.asarray(g) for g in np.gradient(blur(blur(image, 1), 1)))
+    size = np.hypot(gx, gy)
+    middle = size[1:-1, 1:-1]
+    across = (middle >= size[1:-1, :-2]) & (middle > size[1:-1, 2:])
+    along = (middle >= size[:-2, 1:-1]) & (middle > size[2:, 1:-1])
+    steep = np.abs(gx) > np.abs(gy)
+    thin = middle > max(5.5 * float(np.median(size)), 2.5)
+    thin &= np.where(steep[1:-1, 1:-1], across, along)
+    y, x = (at + 1 for at in np.nonzero(thin))
+    high, wide = image.shape
+    slope = np.arctan2(gy[y, x], gx[y, x])
+    return np.array([x - wide / 2, y - high / 2, slope], np.float32)
+
+
+FAN = np.arange(-7, 8)
+"""A point votes for lines within these many steps of 2 degrees of its slope."""
+
+
+def find_lines(edges: Floats, at_most: int = 6) -> tuple[Line, ...]:
+    """Straight edges, longest first (Hough transform over slope directions)."""
+    x, y, slope = edges[:, :, None]
+    steps = np.round(slope / np.radians(2)).astype(int) + FAN
+    rho = x * np.cos(np.radians(2 * steps)) + y * np.sin(np.radians(2 * steps))
+    # Half a turn on, the same line has the opposite distance from the centre.
+    rho = np.where(steps % 180 < 90, rho, -rho)
+    bins = steps % 90 * SIDE + (rho / 3 + SIDE / 2).astype(int)
+    lines: list[Line] = []
+    while len(lines) < at_most and len(bins) > 20:
+        votes = np.bincount(bins.ravel(), minlength=90 * SIDE)
+        best = int((votes[1:] + votes[:-1]).argmax())
+        line = as_line(edges[:, ((bins == best) | (bins == best + 1)).any(axis=1)])
+        if line.length < 0.12:
+            break
+        lines.append(line)
+        kept = ~((bins >= best - 1) & (bins <= best + 2)).any(axis=1)
+        bins, edges = bins[kept], edges[:, kept]
+    return tuple(lines)
+
+
+def as_line(edges: Floats) -> Line:
+    """The line through the points: its direction is that of their largest spread."""
+    points = edges[:2] - edges[:2].mean(axis=1, keepdims=True)
+    _, ((normal_x, along_x), (normal_y, along_y)) = np.linalg.eigh(points @ points.T)
+    turn = math.degrees(math.atan2(along_y, along_x)) % 180
+    tilt = abs((turn + 45) % 90 - 45)
+    axis = "vertical" if 45 < turn < 135 else "horizontal"
+    facing = np.cos(edges[2]) * normal_x + np.sin(edges[2]) * normal_y > 0
+    thin = bool(0.3 < facing.mean() < 0.7)
+    length = min(1.0, facing.size / SIDE / (2 if thin else 1))
+    return Line(length, tilt, "diagonal" if tilt > 20 else axis, thin)
+
+
+def find_circles(edges: Floats) -> tuple[float, ...]:
+    """Radii of circles about their commonest centre, clearest first."""
+    x, y, slope = edges
+    reach = np.arange(6, SIDE * 0.6, 4, dtype=np.float32)
+    reach = np.concatenate([-reach, reach])[:, None]
+    cells = SIDE // 3
+    col = ((x + np.cos(slope) * reach) / 3 + cells / 2).astype(int)
+    row = ((y + np.sin(slope) * reach) / 3 + cells / 2).astype(int)
+    inside = (row >= 0) & (row < cells) & (col >= 0) & (col < cells)
+    votes = np.bincount((row * cells + col)[inside], minlength=cells * cells)
+    smooth = blur(votes.reshape(cells, cells).astype(np.float32), 1)
+    centre = np.array(divmod(int(smooth.argmax()), cells)) + 0.5 - cells / 2
+    return rings_about(x - centre[1] * 3, y - centre[0] * 3, slope)
+
+
+SECTORS = 32
+
+
+def rings_about(x: Floats, y: Floats, slope: Floats) -> tuple[float, ...]:
+    """Radii at which edges face the centre from more than half of all directions."""
+    far = np.hypot(x, y) + 1e-6
+    facing = np.abs(x * np.cos(slope) + y * np.sin(slope)) / far > 0.95
+    sector = ((np.arctan2(y, x) / (2 * np.pi) + 0.5) * SECTORS).astype(int) % SECTORS
+    seen = np.zeros((SIDE, SECTORS), bool)
+    seen[(far / 3).astype(int)[facing], sector[facing]] = True
+    seen[1:] |= seen[:-1]
+    cover = seen.mean(axis=1)
+    radii: list[float] = []
+    for index in np.argsort(-cover)[: int((cover > 0.55).sum())]:
+        radius = float(index - 0.5) * 3 / SIDE
+        if radius > 0.06 and all(abs(radius - other) > 0.025 for other in radii):
+            radii.append(radius)
+    return tuple(radii[:4])
+
+
+def find_spots(image: Floats) -> int:
+    """How many compact spots stand out of the picture."""
+    band = (blur(blur(image, 2), 1) - blur(image, 7))[::2, ::2]
+    size = np.abs(band)
+    peak = size
+    for axis in (0, 1):
+        peak = np.max([np.roll(peak, shift, axis) for shift in range(-3, 4)], axis=0)
+    high = (size >= peak) & (size > max(6 * float(np.median(size)), 2.0))
+    y, x = (at + 3 for at in np.nonzero(high[3:-3, 3:-3]))
+    # A spot falls off alike in all directions, a line does not.
+    xx = band[y, x + 2] + band[y, x - 2] - 2 * band[y, x]
+    yy = band[y + 2, x] + band[y - 2, x] - 2 * band[y, x]
+    xy = band[y + 2, x + 2] + band[y - 2, x - 2]
+    xy = (xy - band[y + 2, x - 2] - band[y - 2, x + 2]) / 4
+    return int((xx * yy - xy * xy > 0.14 * (xx + yy) ** 2).sum())
+
+
+def find_bars(image: Floats, noise: float) -> float:
+    """Share of the picture where grey levels swing to and fro, as between bars."""
+    tiles = np.lib.stride_tricks.sliding_window_view(image, (24, 24))[::12, ::12]
+    tiles = tiles.reshape(-1, 24, 24)
+    swing = np.ptp(tiles, axis=(1, 2))
+    # One edge travels its swing once, a spot twice, bars several times.
+    ways = (np.abs(np.diff(tiles, axis=axis)).sum(axis) for axis in (1, 2))
+    travel = np.maximum(*(way.mean(axis=1) for way in ways))
+    return float(((swing > max(20 * noise, 30)) & (travel > 2.8 * swing)).mean())
+
+
+ZONES = (
+    *("the upper left", "the top", "the upper right"),
+    *("the left side", "the centre", "the right side"),
+    *("the lower left", "the bottom", "the lower right"),
+)
+
+
+def zone_means(image: Floats) -> Floats:
+    """Mean grey level of three by three zones."""
+    rows = np.array_split(image, 3)
+    zones = [zone for row in rows for zone in np.array_split(row, 3, axis=1)]
+    return np.array([zone.mean() for zone in zones], np.float32)
+
+
+def look(data: bytes) -> Sight:
+    """Measure one picture; everything the stand-in will ever know about it."""
+    image, padding = without_padding(decode(data))
+    coarse, zones, edges = blur(image, 4), zone_means(image), find_edges(image)
+    noise = 1.4826 * float(np.median(np.abs(image - blur(image, 1))))
+    corners = np.array([coarse[y, x] for y in (2, -3) for x in (2, -3)])
+    return Sight(
+        mean=float(image.mean()),
+        spread=float(image.std()),
+        noise=noise,
+        unevenness=float(np.ptp(np.percentile(coarse, [5, 95]))),
+        halves=4 * float((image < 80).mean() * (image > 175).mean()),
+        brighter=ZONES[int(zones.argmax())],
+        darker=ZONES[int(zones.argmin())],
+        dark_corners=int((zones.mean() - corners > 60).sum()),
+        padding=padding,
+        edges=edges.shape[1] / image.size,
+        lines=find_lines(edges),
+        circles=find_circles(edges),
+        bars=find_bars(image, noise),
+        spots=find_spots(image),
+    )
+
+
+def ramp(value: float, low: float, high: float) -> float:
+    """0 at `low` and beyond, 1 at `high` and beyond, linear in between."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+# ------------------------------------------------------------------- voice ---
+
+ASPECTS = {
+    "shape": "shape circ round ring disc geometr object form outline",
+    "edge": "edge line straight boundar angle orient sharp tilt transition slope",
+    "brightness": "bright dark grey gray intens contrast tone uniform homogen level",
+    "texture": "textur noise nois grain smooth mottl detail fine surface",
+    "count": "many count number how much several",
+    "layout": "layout where centre center corner position arrang symmetr region part",
+    "pattern": "bar stripe grid period repeat pattern regular",
+}
+"""Beginnings of the words by which a prompt asks for an aspect."""
+
+WORDINGS = """
+brightness even: an almost uniform field of grey | an even tone across the whole frame
+brightness slope: a soft gradient, brighter towards {brighter} | a gradual shading
+brightness halves: a dark half and a bright half | two regions, nearly black and white
+brightness level: a {level} overall impression | grey levels that are mostly {level}
+brightness tones: many different grey levels | a wide range of tones
+edge long: a long straight edge, roughly {axis} | a sharp {axis} boundary
+edge tilted: an edge a few degrees off the {axis} | a slightly slanted boundary
+edge margin: a straight band along one side, parallel to the frame | a plain margin
+edge thin: a single thin line | a fine straight scratch, one line and no more
+edge none: no distinct edges or lines | nothing with a clear outline
+shape plate: a rectangular plate | a flat block with several straight sides
+shape round: a large circular object | a round disc seen from above
+shape rings: concentric rings | a thin ring inside a circular body
+layout empty: an empty field with nothing in it | only background and no object
+layout object: an object placed in the field | a body that stands out of its background
+layout uneven: the brightest part at {brighter} | the darkest part at {darker}
+layout corners: dark rounded corners | corners that are darker than the rest
+layout padding: plain grey strips beside the picture | a grey band at the border
+count spots: {spots} small spots | many small round details
+count nothing: no separate objects to count | hardly any individual details
+pattern bars: a pattern of parallel bars | a block of closely spaced lines
+pattern none: no repeating pattern | nothing periodic or striped
+texture grain: a fine grainy texture all over | visible noise like film grain
+texture smooth: a smooth surface with little noise | clean and smooth areas
+texture detail: many small structures close together | a wealth of fine detail
+"""
+FRAMES = (
+    "The image shows {}.",
+    "The picture contains {}.",
+    "I can see {}.",
+    "One notices {}.",
+    "Clearly visible: {}.",
+    "What stands out: {}.",
+)
+SAYINGS = {
+    key: said.split(" | ")
+    for key, said in (row.split(": ", 1) for row in WORDINGS.strip().splitlines())
+}
+"""What can be said, by `aspect kind`."""
+
+
+def strengths(s: Sight) -> dict[str, float]:
+    """How much each thing that can be said strikes the eye, 0 to 1."""
+    quiet = ramp(s.edges, 0.006, 0.0005)
+    return {
+        "brightness even": ramp(s.unevenness, 60, 15) * quiet,
+        "brightness slope": ramp(s.unevenness, 8, 30) * quiet * 0.8,
+        "brightness halves": ramp(s.halves, 0.4, 0.9) * 0.8,
+        "brightness level": 0.3,
+        "brightness tones": ramp(s.spread, 15, 50) * ramp(s.halves, 0.9, 0.4) * 0.4,
+        "layout uneven": ramp(s.unevenness, 20, 80) * 0.4,
+        "layout corners": ramp(s.dark_corners, 1, 4) * 0.6,
+        "layout padding": ramp(s.padding, 0.03, 0.2) * 0.25,
+        "texture grain": ramp(s.noise, 3, 8),
+        "texture smooth": ramp(s.noise, 3, 0.5) * 0.4,
+        "texture detail": ramp(s.edges, 0.01, 0.03) * 0.7,
+        **shape_strengths(s),
+    }
+
+
+def shape_strengths(s: Sight) -> dict[str, float]:
+    longest = s.longest
+    strong = ramp(longest.length, 0.15, 0.4)
+    sides = sum(not line.parallel and line.length > 0.18 for line in s.lines)
+    margin = sum(line.length for line in s.lines if line.parallel and not line.thin)
+    thin = max((line.length for line in s.lines if line.thin), default=0)
+    rounded = ramp(max(s.circles, default=0), 0.05, 0.12)
+    thing = max(strong, rounded, ramp(s.bars, 0, 0.005))
+    return {
+        "edge long": strong,
+        "edge tilted": strong * ramp(longest.tilt, 20, 10) * (1 - rounded),
+        "edge margin": ramp(margin, 0.2, 0.7),
+        "edge thin": ramp(thin, 0.2, 0.5) * 0.7,
+        "edge none": ramp(s.edges, 0.004, 0.0003),
+        "shape plate": ramp(sides, 1, 4) * (1 - rounded),
+        "shape round": rounded,
+        "shape rings": rounded * ramp(len(s.circles), 1, 3),
+        "layout empty": 1 - thing,
+        "layout object": thing * ramp(longest.length, 0.8, 0.5),
+        "count spots": ramp(s.spots, 15, 40),
+        "count nothing": ramp(s.spots, 12, 2) * 0.7,
+        "pattern bars": ramp(s.bars, 0, 0.01),
+        "pattern none": (s.bars == 0) * 0.4,
+    }
+
+
+def blanks(s: Sight) -> dict[str, str]:
+    """Words for the blanks in the wordings."""
+    return {
+        "brighter": s.brighter,
+        "darker": s.darker,
+        "level": ("dark", "medium grey", "bright")[(s.mean > 85) + (s.mean > 170)],
+        "axis": s.longest.axis,
+        "spots": "a dozen" if s.spots < 30 else "dozens of",
+    }
+
+
+@lru_cache(maxsize=4096)
+def asked_aspects(prompt: str) -> frozenset[str]:
+    def asks(stems: str) -> bool:
+        pattern = rf"\b({stems.replace(' ', '|')})"
+        return re.search(pattern, prompt, re.IGNORECASE) is not None
+
+    return frozenset(name for name, stems in ASPECTS.items() if asks(stems))
+
+
+def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) -> str:
+    """A few sentences about the picture: partial, varied and sometimes wrong."""
+    aspects = asked_aspects(prompt)
+
+    def lot(strength: float, key: str) -> float:
+        # Weighted draw: weak remarks win now and then, strong ones get lost.
+        weight = strength * (2.5 if key.partition(" ")[0] in aspects else 1)
+        return float(dice.random() ** (1 / (weight**1.5 + 1e-4)))
+
+    lots = {key: lot(strength, key) for key, strength in strengths(sight).items()}
+    ranked = sorted(lots, key=lambda key: -lots[key])
+    chosen = ranked[: dice.randint(3, 5)]
+    chosen = [dice.choice(ranked) if dice.random() < mistakes else k for k in chosen]
+    said = (dice.choice(SAYINGS[key]) for key in dict.fromkeys(chosen))
+    words = blanks(sight)
+    return " ".join(dice.choice(FRAMES).format(x.format(**words)) for x in said)
+
+
+# ---------------------------------------------------------------- embedder ---
+
+DULL = set(
+    re.findall(
+        r"\w+",
+        "a an the is are of and or in on at to with it that this there what i can see"
+        " out one image picture shows contains stands clearly visible notices",
+    )
+)
+"""Words that carry little; they weigh a fifth."""
+
+
+@lru_cache(maxsize=65536)
+def term_place(term: str) -> tuple[int, float]:
+    digest = hashlib.blake2b(term.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:6], "big"), 1.0 if digest[7] & 1 else -1.0
+
+
+def embed(text: str, dims: int) -> list[float]:
+    """Unit vector of hashed words and word pairs, the same in every process."""
+    words = re.findall(r"\w+", text.lower())
+    terms = [(word, 0.2 if word in DULL else 1.0) for word in words]
+    terms += [(" ".join(pair), 0.5) for pair in pairwise(words)]
+    vector = np.zeros(dims)
+    vector[0] = 0.1  # the vector of an empty text is not zero
+    for term, weight in terms:
+        place, sign = term_place(term)
+        vector[place % dims] += sign * weight
+    return [float(x) for x in (vector / np.linalg.norm(vector)).astype(np.float32)]
