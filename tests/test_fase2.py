@@ -205,6 +205,18 @@ def test_both_ways_of_embedding_give_the_same_dataset(
     assert dataset_bytes(beside) == dataset_bytes(after)
 
 
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [((), 2), (("--concurrency", "1"), 1), (("--concurrency", "3"), 3)],
+)
+def test_requests_in_flight_keep_to_their_bound_and_reach_it(
+    labelled: LabelFolder, flags: Sequence[str], most: int
+) -> None:
+    with FakeOllama(time_model="gpu", time_scale=0.02, load_s=0.0) as fake:
+        assert phase2(labelled(), fake, *flags) == 0
+        assert fake.stats()["max_in_flight"] == most
+
+
 # --- Nothing asked twice ------------------------------------------------------------
 
 
@@ -284,6 +296,17 @@ def test_a_changed_option_asks_everything_again(
     phase2(base, fake)
     asked = chats(fake)
     phase2(base, fake, *change)
+    assert chats(fake) == 2 * asked
+
+
+def test_pictures_prepared_otherwise_are_asked_about_again(
+    fake: FakeOllama, labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    asked = chats(fake)
+    monkeypatch.setattr(config, "WINDOW_PERCENTILES", (5, 95))
+    phase2(base, fake)
     assert chats(fake) == 2 * asked
 
 
@@ -588,6 +611,16 @@ def test_a_model_replaced_during_the_run_stops_it_and_taints_nothing(
     assert phase2(base, fake) == 0
     # Nobody knows which model gave the answers: with the old one all are asked again.
     assert chats(fake) - before == 15
+
+
+def test_an_embedder_replaced_during_the_run_leaves_no_vector(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    fake.control(script=[("/api/embed", 2, "digest")])
+    assert phase2(base, fake) == 2
+    journals = (folder_of(base) / config.JOURNAL_DIR).iterdir()
+    assert not any(b'"embedding"' in path.read_bytes() for path in journals)
 
 
 # --- Bad input ----------------------------------------------------------------------

