@@ -68,9 +68,6 @@ LIBRARIES = ("numpy", "ollama", "pillow", "pydicom", "imagecodecs")
 ESTIMATE_QUESTIONS = 6
 """Asked of one image per server slot by --estimate."""
 
-KEPT_PICTURES = 200
-"""So many prepared images, 20 MB, are kept from the scan until they are asked about."""
-
 # --- What is labelled ---------------------------------------------------------------
 
 
@@ -82,8 +79,6 @@ class LabelledImage:
     path: Path
     image_id: str
     view_id: str
-    picture: PreparedImage | None = field(default=None, compare=False, repr=False)
-    """Kept for the first KEPT_PICTURES only: decoding a file takes a while."""
 
 
 @dataclass
@@ -139,28 +134,27 @@ def identify(
     log.info("reading %d files in %s", len(paths), folder)
     labelled: list[LabelledImage] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for path, result in zip(paths, pool.map(_prepared, paths), strict=True):
+        for path, result in zip(paths, pool.map(_ids, paths), strict=True):
             parts = path.relative_to(folder).parts
             if len(parts) == 1:
                 rejections.add(path, "lies in no class folder")
             elif isinstance(result, str):
                 rejections.add(path, result)
             else:
-                kept = result if len(labelled) < KEPT_PICTURES else None
-                ids = result.image_id, result.view_id
-                labelled.append(LabelledImage(parts[0], path, *ids, kept))
+                labelled.append(LabelledImage(parts[0], path, *result))
     images = _without_copies(labelled, rejections)
     if not images:
         raise _nothing_labelled(folder)
     return images
 
 
-def _prepared(path: Path) -> PreparedImage | str:
-    """The prepared image, or the reason why there is none."""
+def _ids(path: Path) -> tuple[str, str] | str:
+    """Image and view id, or why there is none; thousands of pictures are not kept."""
     try:
-        return utils.prepare_image(path)
+        image = utils.prepare_image(path)
     except RejectedError as error:
         return str(error)
+    return image.image_id, image.view_id
 
 
 def _without_copies(
@@ -504,8 +498,6 @@ class Interview:
 
 def _picture(task: Task) -> PreparedImage | None:
     """The image as the VLM will see it; a failure is noted in the task."""
-    if task.image.picture is not None:
-        return task.image.picture
     try:
         picture = utils.prepare_image(task.image.path)
     except RejectedError as error:
