@@ -466,11 +466,13 @@ class Interview:
             return
         refused = await self._embed_missing(task)
         if refused:
+            self._open_tasks.add(task)
             task.picture = await asyncio.to_thread(_picture, task)
             for question in refused:
                 task.journal.quarantine(question)
                 await self._describe(task, question)
             await self._confirm(task)
+            self._open_tasks.discard(task)
             if await self._embed_missing(task):
                 task.failure = "a description can't be embedded: run again to ask anew"
         if task.failure:
