@@ -637,14 +637,6 @@ def _hints(cfg: Config, facts: ServerFacts) -> Iterator[str]:
         )
 
 
-def warn_of_distance(cfg: Config) -> None:
-    """Name a server that is not this machine before any image goes there."""
-    url = utils.server_url(cfg)
-    if not utils.is_loopback(url):
-        plain = "" if url.startswith("https") else ", unencrypted"
-        log.warning("warning: the images leave this machine for %s%s", url, plain)
-
-
 # --- The dataset --------------------------------------------------------------------
 
 
@@ -779,7 +771,8 @@ class Dataset:
 def run(cfg: Config) -> int:
     """Scan, ask, embed, write; 0 when every image is in the dataset, else 1."""
     folder = cfg.folder("dataset_dir")
-    warn_of_distance(cfg)
+    if warning := utils.distance_warning(cfg):
+        log.warning("warning: %s", warning)
     paths = labelled_files(cfg.folder("labelled_dir"))
     rejections = Rejections()
     with only_one(folder):

@@ -350,6 +350,8 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
     """Classify the files; 0 when every one has a result, 1 when some failed."""
     files = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
+    if warning := utils.distance_warning(cfg):
+        log.warning("warning: %s", warning)
     results: list[dict[str, Any]] = []
     failed = 0
 

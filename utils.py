@@ -335,9 +335,6 @@ def _silence() -> Iterator[None]:
 
 Buffer = bytes | bytearray | memoryview
 
-_UNDEFINED = 0xFFFFFFFF
-_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-
 LONG_VRS = frozenset(
     (*("OB", "OD", "OF", "OL", "OV", "OW"), *("SQ", "SV", "UC", "UN", "UR", "UT", "UV"))
 )
@@ -604,8 +601,6 @@ class StreamFacts:
     columns: int
     samples: int
     precision: int
-    ids: bytes = b""
-    jfif: bool = False
     becomes_rgb: bool = False
 
 
@@ -618,7 +613,7 @@ def compressed_frames(value: memoryview, frames: int) -> list[list[memoryview]]:
         A fragment reaches beyond the data, or fragments and frames don't match.
     """
     table, *fragments = _fragments(value)
-    if frames == 1 and fragments:
+    if frames == 1:
         return [[data for _, data in fragments]]
     if len(fragments) == frames:
         return [[data] for _, data in fragments]
@@ -648,7 +643,7 @@ def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
     at = first = 0
     while at + 8 <= len(value):
         group, element, length = struct.unpack_from("<HHL", value, at)
-        if (group << 16) + element != _ITEM:
+        if (group, element) != (0xFFFE, 0xE000):
             break
         if at + 8 + length > len(value):
             raise RejectedError(
@@ -785,7 +780,7 @@ def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
     codec = lossless.get(marker, "JPEG")
     in_ybr = "YBR" in layout.photometric or jfif
     rgb = codec == "JPEG" and samples == 3 and in_ybr and ids not in (b"RGB", b"rgb")
-    return StreamFacts(codec, rows, columns, samples, precision, ids, jfif, rgb)
+    return StreamFacts(codec, rows, columns, samples, precision, rgb)
 
 
 _FRAME_MARKERS = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
@@ -1068,6 +1063,15 @@ def is_loopback(url: str) -> bool:
     """Whether the address is this machine's own."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def distance_warning(cfg: config.Config) -> str:
+    """Names a server that is not this machine, before images go there; else empty."""
+    url = server_url(cfg)
+    if is_loopback(url):
+        return ""
+    plain = "" if url.startswith("https") else ", unencrypted"
+    return f"the images leave this machine for {url}{plain}"
 
 
 class VlmServer:
@@ -1590,6 +1594,8 @@ def _short(error: object) -> str:
     late = isinstance(error, (TimeoutError, httpx.TimeoutException))
     name = "no answer in time" if late else type(error).__name__
     text = str(getattr(error, "error", error)) or name
+    if isinstance(error, ConnectionError):
+        text = "no connection"
     try:
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)

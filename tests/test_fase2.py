@@ -820,11 +820,14 @@ def test_a_run_announces_what_it_will_do(
 
 
 def test_a_distant_server_is_named_before_images_go_there(
+    fake: FakeOllama,
+    labelled: LabelFolder,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    flags = ["--host", "http://192.0.2.1:9", "--connect-timeout", "0.1"]
-    fase2.warn_of_distance(config.parse_config(2, "", flags)[0])
-    assert "leave this machine for http://192.0.2.1:9, unencrypted" in caplog.text
+    monkeypatch.setattr(utils, "is_loopback", lambda _: False)
+    assert phase2(labelled(per_class=1), fake) == 0
+    assert "the images leave this machine" in caplog.records[0].getMessage()
 
 
 def test_answers_repeated_for_every_image_are_counted_per_prompt(

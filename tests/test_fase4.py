@@ -400,6 +400,18 @@ def test_another_number_of_descriptions_than_in_training_is_said(
         ]
 
 
+def test_a_distant_server_is_named_before_images_go_there(
+    base: Path,
+    shared_fake: FakeOllama,
+    new: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(utils, "is_loopback", lambda _: False)
+    assert phase4(base, shared_fake, new) == 0
+    assert "the images leave this machine" in caplog.records[0].getMessage()
+
+
 def test_ctrl_c_ends_with_130_and_keeps_what_is_known(
     base: Path, new: Path, tmp_path: Path
 ) -> None:

@@ -169,6 +169,13 @@ def test_only_this_machine_is_loopback(url: str, own: bool) -> None:
     assert utils.is_loopback(url) is own
 
 
+def test_a_server_elsewhere_is_named_and_an_unencrypted_one_said_to_be() -> None:
+    assert utils.distance_warning(Config(host="localhost:1")) == ""
+    plain = utils.distance_warning(Config(host="http://192.0.2.1:9"))
+    assert plain.endswith("for http://192.0.2.1:9, unencrypted")
+    assert "unencrypted" not in utils.distance_warning(Config(host="https://there"))
+
+
 def test_a_proxy_is_not_used_for_loopback(
     fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
