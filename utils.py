@@ -1211,10 +1211,14 @@ class VlmServer:
                 f"`ollama pull {model}` or add --pull"
             )
         try:
+            told = ""
             async for step in await self._client.pull(model, stream=True):
-                share = (step.completed or 0) / step.total if step.total else None
-                done = "" if share is None else f" {share:4.0%}"
-                progress(f"pull {model}: {step.status or ''}{done}")
+                line = f"pull {model}: {step.status or ''}"
+                if step.total:
+                    line += _bar((step.completed or 0) / step.total)
+                if line != told:  # the server reports every few milliseconds
+                    progress(line)
+                told = line
         except ollama.ResponseError as error:
             raise PipelineError(
                 f"model {model} can't be downloaded ({_short(error)}): check its name "
@@ -1575,6 +1579,12 @@ def _checked_vector(values: Sequence[float]) -> NDArray[np.float32] | None:
     vector = np.asarray(values, np.float32)
     usable = vector.ndim == 1 and np.isfinite(vector).all() and vector.any()
     return vector if usable else None
+
+
+def _bar(share: float) -> str:
+    """A progress bar of twenty steps."""
+    steps = int(20 * share)
+    return f" [{'#' * steps:<20}] {5 * steps:3d} %"
 
 
 def _same_model(name: str, other: str) -> bool:

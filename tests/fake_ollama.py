@@ -1149,7 +1149,8 @@ class Server:
             call.costs["load_duration"] = time.monotonic() - call.began
             if question.prompt or question.images:
                 async with runner.gate:
-                    await self._in_slot(call, question, runner)
+                    with self.counters.slot():
+                        await self._in_slot(call, question, runner)
             else:
                 keep = keep_seconds(call.body.get("keep_alive"))
                 reason = "load" if keep else "unload"
@@ -1163,7 +1164,7 @@ class Server:
         if sights and not question.model.vision:
             raise HttpError(*nested(400, NO_VISION))
         check_room(len(question.tokens), runner.options["num_ctx"], bool(sights))
-        with self.counters.slot(), runner.slot_for(question.tokens) as slot:
+        with runner.slot_for(question.tokens) as slot:
             await self._prefill(call, question, runner, slot)
             text = await self._speak(call, question, runner, sights)
             slot.tokens = question.tokens + tokenize(text)

@@ -765,19 +765,9 @@ def test_a_prompt_that_is_mostly_answered_badly_is_named() -> None:
     ]
 
 
-def test_only_the_first_pictures_are_kept_in_memory(
-    labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fase2, "KEPT_PICTURES", 2)
-    folder = labelled() / "datos_etiquetados"
-    images = fase2.identify(fase2.labelled_files(folder), folder, fase2.Rejections())
-    assert sum(image.picture is not None for image in images) == 2
-
-
 def test_a_file_that_changes_during_the_run_is_left_out(
     fake: FakeOllama, labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fase2, "KEPT_PICTURES", 0)
     base = labelled(per_class=1)
     path = base / "datos_etiquetados" / "TOR" / "TOR0.dcm"
 
