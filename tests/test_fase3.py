@@ -2,8 +2,11 @@
 
 import base64
 import csv
+import errno
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -756,3 +759,44 @@ def test_the_default_model_is_the_first_candidate() -> None:
     models = fase3.candidates(Config(search="full"), 5)
     assert models[0] == Model("linear", 0.01, 1.0, 5)
     assert {model.pool for model in models} == {5, 20}
+
+
+def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
+    base = write_dataset(tmp_path)
+    command = [sys.executable, fase3.__file__, "--base", str(base)]
+    with subprocess.Popen(
+        [*command, "--permutations", "1000000"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        while "checking" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert len(errors.splitlines()) == 1
+    assert not (base / "modelo_final_vlm" / config.METRICS).exists()
+
+
+@pytest.mark.parametrize("name", ["modelo_final_vlm", "dataset_final_vlm"])
+def test_a_file_in_place_of_a_folder_is_one_line(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_dataset(tmp_path)
+    if (tmp_path / name).exists():
+        (tmp_path / name).rename(tmp_path / "away")
+    (tmp_path / name).touch()
+    assert fase3.main(["--base", str(tmp_path)]) == utils.EXIT_COULD_NOT_RUN
+    assert name in caplog.records[-1].getMessage()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_dataset(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    assert fase3.main(["--base", str(tmp_path)]) == utils.EXIT_COULD_NOT_RUN
+    assert "free some space" in caplog.records[-1].getMessage()
+    assert list((tmp_path / "modelo_final_vlm").iterdir()) == []
