@@ -7,6 +7,9 @@ Writes  f1_descomprimidos/
           rechazados.csv      what was left out, and why
         datos_etiquetados/    an empty folder per class, if it is not there
 
+Files and folders whose name begins with a dot are passed over in silence: systems and
+editors leave them behind, such as the ._ files of macOS.
+
 Files are named after the acquisition: a file browser shows them in order. The pixels
 are exactly those of the compressed file, and so is all of the header that
 decompression need not change. A second run does only what is missing, and knows the
@@ -17,6 +20,7 @@ files that were moved to datos_etiquetados/ in the meantime.
 """
 
 import faulthandler
+import filecmp
 import hashlib
 import itertools
 import json
@@ -31,19 +35,17 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.encaps import encapsulate
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 import config
@@ -73,16 +75,15 @@ PATIENCE_MB = 16
 
 Alive = Callable[[float], None]
 
-QUEUE_PER_WORKER = 32
-"""Results may wait for an earlier file that takes long, but not without end."""
+PENDING = 32
+"""Files per worker that may wait for an earlier one that takes long."""
 
-HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "httpx", "ollama", "PIL.Image"]
+HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "PIL.Image", "httpx", "ollama"]
 """Loaded once for all worker processes, where the system can fork."""
 
 IMPLEMENTATION_UID = "2.25.302418470214713250418632510948250124117"
 IMPLEMENTATION_NAME = "DICOM_QC_FASE1"
 SHARED_UID = "several images have one SOPInstanceUID"
-UTC_NOTE = "time is UTC"
 
 # --- The header: PS3.5 section 7 ----------------------------------------------------
 
@@ -98,8 +99,6 @@ SWAP_BYTES = (
     | dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8)
 )
 NUMBER_CODES = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d"}
-
-
 FLOAT_PIXELS = {0x7FE00008, 0x7FE00009}
 CHUNK = 8 << 20
 Changes = dict[int, bytes]
@@ -340,19 +339,23 @@ def _element_header(tag: int, vr: str, length: int) -> bytes:
     return start + struct.pack("<HL", 0, length)
 
 
-def rewrite(header: Header, changes: Changes) -> Iterator[Buffer]:
+def rewrite(
+    header: Header, changes: Changes, pixels: Iterable[Buffer] = ()
+) -> Iterator[Buffer]:
     """The elements in Explicit VR Little Endian; values keep their bytes.
 
     Group lengths (PS3.5 7.2, retired) are left out, because they would be wrong.
-    `changes` has whole encoded elements that replace or join those of the file.
+    `changes` has whole encoded elements that replace or join those of the file, and
+    `pixels` the pieces of a new pixel data element.
     """
     pending = deque(sorted(changes))
     for element in header.elements.values():
         while pending and pending[0] <= element.tag:
             yield changes[pending.popleft()]
-        if element.tag in changes or not element.tag & 0xFFFF:
-            continue
-        yield from _rewrite_element(header, element)
+        if pixels and element.tag == PIXEL_DATA:
+            yield from pixels
+        elif element.tag not in changes and element.tag & 0xFFFF:
+            yield from _rewrite_element(header, element)
     yield from (changes[tag] for tag in pending)
 
 
@@ -363,7 +366,7 @@ def _rewrite_element(header: Header, element: Element) -> Iterator[Buffer]:
     if is_plain and not (element.vr == "SQ" and PIXEL_DATA_BYTES in bytes(value)):
         yield data[element.start : element.next]
     elif element.vr == "SQ" or (
-        element.undefined and element.implicit and not is_private(element)
+        element.undefined and element.implicit and not element.tag >> 16 & 1
     ):
         content = b"".join(_rewrite_items(header, element))
         yield _element_header(element.tag, "SQ", len(content)) + content
@@ -372,31 +375,22 @@ def _rewrite_element(header: Header, element: Element) -> Iterator[Buffer]:
         yield _element_header(element.tag, "UN", UNDEFINED)
         yield data[element.value : element.next]
     else:
-        vr = _short_enough(_decided_vr(header, element), len(value))
+        vr = _decided_vr(header, element)
         if syntax.big_endian and vr in SWAP_BYTES:
             value = swapped(value, SWAP_BYTES[vr])
         yield encode_element(element.tag, vr, value)
 
 
-def is_private(element: Element) -> bool:
-    """Odd groups belong to vendors (PS3.5 7.8)."""
-    return bool(element.tag >> 16 & 1)
-
-
 def _decided_vr(header: Header, element: Element) -> str:
-    if (
-        element.implicit
-        and element.vr in ("SS", "US")
-        and element.end - element.value == 2
-    ):
+    """The VR to write, where the one that was read leaves a choice or can't be."""
+    size = element.end - element.value
+    if element.vr in utils.SHORT_VRS and size > 0xFFFE:
+        return "UN"
+    if element.implicit and element.vr in ("SS", "US") and size == 2:
         with suppress(KeyError):
             if "US or SS" in dictionary_VR(element.tag):
                 return "SS" if header.signed else "US"
     return element.vr
-
-
-def _short_enough(vr: str, length: int) -> str:
-    return "UN" if vr in utils.SHORT_VRS and length > 0xFFFE else vr
 
 
 def _rewrite_items(header: Header, sequence: Element) -> Iterator[bytes]:
@@ -466,41 +460,35 @@ DATETIME_FORM = re.compile(r"(\d{4}(?:\d\d){0,2})((?:\d\d){0,3}(?:\.\d*)?)([+-]\
 OFFSET_FORM = re.compile(r"([+-])(\d\d)(\d\d)")
 
 
-class Moment(NamedTuple):
-    """When an image was taken, and how that is known."""
-
-    text: str
-    """YYYYMMDDTHHMMSS.ffffff, or NO_DATE."""
-    source: str
-    note: str = ""
-
-
-def moment_of(get: Callable[[str], Any]) -> Moment:
-    """The moment of exposure by the best attributes that a header has.
+def moment_of(get: Callable[[str], Any]) -> tuple[str, str]:
+    """The moment of exposure by the best attributes of a header, and which they are.
 
     The first attribute with a valid date decides. Where its time is missing or broken,
     another attribute of the same day lends its own; without one the day begins.
-    Moments with a known offset from UTC are given in UTC.
+    Moments with a known offset from UTC are given in UTC. The text is
+    YYYYMMDDTHHMMSS.ffffff, or NO_DATE.
     """
-    dates = [moment for moment in _candidates(get) if moment[0] is not None]
+    dates = [one for one in _candidates(get) if one[0] is not None]
     if not dates:
-        return Moment(NO_DATE, "")
+        return NO_DATE, ""
     day, _, _, source = dates[0]
     for date, of_day, offset, name in dates:
-        if of_day is not None and date == day:
-            assert date is not None
-            used = source if name == source else f"{source} + time of {name}"
-            return _moment(date + of_day, offset, used)
+        if date is None or of_day is None or date != day:
+            continue
+        used = source if name == source else f"{source} + time of {name}"
+        with suppress(OverflowError):  # out of the calendar
+            if offset is None:
+                return _shown(date + of_day), used
+            return _shown(date + of_day - offset), f"{used}, in UTC"
     assert day is not None
-    return Moment(
-        _shown(day), source, "has no valid time: placed at the start of its day"
-    )
+    return _shown(day), f"{source}, no valid time"
 
 
 Candidate = tuple[datetime | None, timedelta | None, timedelta | None, str]
 
 
 def _candidates(get: Callable[[str], Any]) -> Iterator[Candidate]:
+    """(date, time of day, offset from UTC, attribute) in order of preference."""
     offset = parse_offset(str(get("TimezoneOffsetFromUTC") or ""))
     whole = str(get("AcquisitionDateTime") or "")
     if match := DATETIME_FORM.fullmatch(whole):
@@ -514,15 +502,6 @@ def _candidates(get: Callable[[str], Any]) -> Iterator[Candidate]:
         date = parse_date(str(get(f"{name}Date") or ""))
         clock = parse_time(str(get(f"{name}Time") or ""))
         yield date, clock, offset, f"{name}Date/Time"
-
-
-def _moment(local: datetime, offset: timedelta | None, source: str) -> Moment:
-    if offset is None:
-        return Moment(_shown(local), source)
-    try:
-        return Moment(_shown(local - offset), source, UTC_NOTE)
-    except OverflowError:
-        return Moment(_shown(local), source)
 
 
 def _shown(moment: datetime) -> str:
@@ -581,7 +560,7 @@ class Outcome:
     """Why it was left out; empty when its output stands under the temporary name."""
     may_pass: bool = False
     """The reason may be gone the next time: the file is tried again."""
-    disk_error: str = ""
+    disk_failed: bool = False
     """The output can't be written: no reason to go on."""
     identity: str = ""
     """SOPInstanceUID, or the digest of the output where there is none."""
@@ -590,31 +569,27 @@ class Outcome:
     record: Mapping[str, str] = field(default_factory=dict)
 
 
+class _DiskError(Exception):
+    """The output can't be written."""
+
+
 def convert(task: Task, alive: Alive) -> Outcome:
     """Decode one file into a temporary file beside its destination.
 
     `alive` is called before every part of the work with the megabytes it has.
     """
     try:
-        outcome = _convert(task, alive)
+        return _convert(task, alive)
     except RejectedError as error:
-        outcome = Outcome(str(error))
+        return Outcome(str(error))
     except MemoryError:
-        outcome = Outcome("needs more memory than there is", may_pass=True)
+        return Outcome("needs more memory than there is", may_pass=True)
     except _DiskError as error:
-        outcome = Outcome("not written", disk_error=str(error))
+        return Outcome(str(error), disk_failed=True)
     except OSError as error:
-        outcome = Outcome(f"can't be read: {error.strerror}", may_pass=True)
+        return Outcome(f"can't be read: {error.strerror}", may_pass=True)
     except Exception as error:  # each decoder raises errors of its own
-        outcome = Outcome(f"can't be decoded: {type(error).__name__}: {error}")
-    if outcome.reason:
-        with suppress(OSError):
-            task.temporary.unlink(missing_ok=True)
-    return outcome
-
-
-class _DiskError(Exception):
-    """The output can't be written."""
+        return Outcome(f"can't be decoded: {type(error).__name__}: {error}")
 
 
 def _convert(task: Task, alive: Alive) -> Outcome:
@@ -674,31 +649,29 @@ class Image:
             frames, changes, size = self._decoded(value)
         else:
             frames, changes, size = self._native(value)
-        first = next(frames)
-        vr = "OB" if self.layout.bits_allocated <= 8 else "OW"
+        first = next(frames)  # it may change the layout, or be refused
+
+        def pixel_element() -> Iterator[Buffer]:
+            vr = "OB" if self.layout.bits_allocated <= 8 else "OW"
+            yield _element_header(PIXEL_DATA, vr, size + size % 2)
+            for frame in itertools.chain([first], frames):
+                alive(len(frame) / MEGABYTE)
+                yield frame
+            yield b"\0" * (size % 2)
+
         yield file_meta(self.header, self.encoding)
-        before, after = self._split()
-        yield from rewrite(before, changes)
-        yield _element_header(PIXEL_DATA, vr, size + size % 2)
-        for frame in itertools.chain([first], frames):
-            alive(len(frame) / MEGABYTE)
-            yield frame
-        yield b"\0" * (size % 2)
-        yield from rewrite(after, {})
+        yield from rewrite(self.header, changes, pixel_element())
 
     def _is_wrapped(self, value: memoryview) -> bool:
         """Some writers give fragments a length, which PS3.5 A.4 leaves undefined."""
-        is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
-        return is_item and UID(self.encoding.transfer_syntax).is_encapsulated
-
-    def _split(self) -> tuple[Header, Header]:
-        """What stands before the pixel data, and what after."""
-        header, at = self.header, self.pixels.start
-        before = {tag: one for tag, one in header.elements.items() if one.start < at}
-        after = {tag: one for tag, one in header.elements.items() if one.start > at}
-        return replace(header, elements=before), replace(header, elements=after)
+        syntax = UID(self.encoding.transfer_syntax)
+        says_so = syntax.is_transfer_syntax and syntax.is_encapsulated
+        return says_so and bytes(value[:4]) == b"\xfe\xff\x00\xe0"
 
     def _native(self, value: memoryview) -> tuple[Iterator[Buffer], Changes, int]:
+        syntax = UID(self.encoding.transfer_syntax)
+        if not syntax.is_transfer_syntax:  # some have another byte order
+            raise RejectedError(f"has an unknown transfer syntax: {clean(syntax)}")
         if len(value) < self.layout.size:
             raise RejectedError(
                 f"is truncated: {len(value)} of {self.layout.size} bytes of pixels"
@@ -707,7 +680,7 @@ class Image:
             bits = self.layout.bits_allocated
             words = 2 if bits <= 8 and self.pixels.vr == "OW" else max(1, bits // 8)
             value = memoryview(swapped(value, words))
-        if UID(self.encoding.transfer_syntax).is_compressed:
+        if syntax.is_compressed:
             self.header.notes.append("said compressed, is not")
         chunks = (value[at : at + CHUNK] for at in range(0, len(value), CHUNK))
         return chunks, self._missing(), len(value)
@@ -738,43 +711,14 @@ class Image:
         return iter(frames), self._missing() | changes, self.layout.size
 
     def _decode(self, stream: Buffer, layout: PixelLayout) -> Buffer:
-        try:
-            pixels = utils.decode_stream(stream, layout)
-        except RejectedError:
-            raise
-        except Exception as error:  # each decoder raises errors of its own
-            pixels = self._decode_by_plugins(bytes(stream), error)
-            self.decoder = "pydicom's plugins"
+        """One frame. No other decoder is asked for what imagecodecs refuses.
+
+        Of damaged streams, GDCM and pylibjpeg make images that nobody took.
+        """
+        pixels = utils.decode_stream(stream, layout)
         if pixels.nbytes * self.layout.frames != self.layout.size:
             raise RejectedError("has frames of different sizes")
         return np.ascontiguousarray(pixels).data.cast("B")
-
-    def _decode_by_plugins(self, stream: bytes, cause: Exception) -> NDArray[Any]:
-        """Let GDCM and pylibjpeg try what imagecodecs refuses.
-
-        GDCM can abort the process on a damaged stream: only for worker processes.
-        """
-        layout = self.layout
-        options: Any = {
-            "rows": layout.rows,
-            "columns": layout.columns,
-            "number_of_frames": 1,
-            "samples_per_pixel": layout.samples,
-            "bits_allocated": layout.bits_allocated,
-            "bits_stored": layout.bits_stored,
-            "pixel_representation": int(layout.signed),
-            "photometric_interpretation": layout.photometric,
-            "planar_configuration": 0,
-            "pixel_keyword": "PixelData",
-        }
-        try:
-            pixels, _ = get_decoder(self.encoding.transfer_syntax).as_array(
-                encapsulate([stream]), raw=layout.photometric != "RGB", **options
-            )
-        except Exception:
-            text = f"can't be decoded: {type(cause).__name__}: {cause}"
-            raise RejectedError(text) from None
-        return pixels.astype(f"<{pixels.dtype.kind}{layout.bits_allocated // 8}")
 
     def _missing(self) -> Changes:
         """Attributes that a reader needs and the file lacks."""
@@ -790,53 +734,43 @@ class Image:
 
     def outcome(self, temporary: Path) -> Outcome:
         """What the parent process must know, when the output is written."""
-        get = self.header.get
-        moment = moment_of(get)
-        uid = clean(get("SOPInstanceUID") or "")
+        header = self.header
+        uid = clean(header.get("SOPInstanceUID") or "")
         identity = uid or f"sha256:{content_digest(temporary)}"
-        if moment.note:
-            self.header.notes.append(moment.note)
-        number = self.header.number("InstanceNumber")
-        record = self._exposure() | {
-            "timestamp": moment.text,
-            "time_source": moment.source,
+        timestamp, time_source = moment_of(header.get)
+        mas, micro = header.number("Exposure"), header.number("ExposureInuAs")
+        if micro is not None:  # Exposure holds whole mAs only: 1.7 stands as 1
+            mas = micro / 1000
+        record = {
+            "timestamp": timestamp,
+            "time_source": time_source,
             "sop_instance_uid": uid,
             "transfer_syntax": UID(self.encoding.transfer_syntax).name,
+            "modality": clean(header.get("Modality") or ""),
+            "manufacturer": clean(header.get("Manufacturer") or ""),
+            "detector": clean(header.get("DetectorID") or ""),
+            "kvp": shown_number(header.number("KVP")),
+            "mas": shown_number(mas),
+            "exposure_index": shown_number(header.number("ExposureIndex")),
             "rows": str(self.layout.rows),
             "columns": str(self.layout.columns),
             "bits": str(self.layout.bits_stored),
             "frames": str(self.layout.frames),
             "decoder": self.decoder,
-            "notes": "; ".join(dict.fromkeys(self.header.notes)),
+            "notes": "; ".join(dict.fromkeys(header.notes)),
         }
+        instance = header.number("InstanceNumber")
         return Outcome(
             identity=identity,
             name=output_name(record, identity),
-            number=int(number) if number is not None else sys.maxsize,
+            number=sys.maxsize if instance is None else int(instance),
             record=record,
         )
 
-    def _exposure(self) -> dict[str, str]:
-        """How the image was made. Exposure holds whole mAs only: 1.7 stands as 1."""
-        header = self.header
-        mas, micro = header.number("Exposure"), header.number("ExposureInuAs")
-        if micro is not None:
-            mas = micro / 1000
-        texts = {
-            "modality": "Modality",
-            "manufacturer": "Manufacturer",
-            "detector": "DetectorID",
-        }
-        numbers = {
-            "kvp": header.number("KVP"),
-            "mas": mas,
-            "exposure_index": header.number("ExposureIndex"),
-        }
-        record = {key: clean(header.get(word) or "") for key, word in texts.items()}
-        return record | {
-            key: "" if value is None else f"{value:.6g}"
-            for key, value in numbers.items()
-        }
+
+def shown_number(value: float | None) -> str:
+    """A number without needless digits; nothing for None."""
+    return "" if value is None else f"{value:.6g}"
 
 
 def fits(frame: Buffer, layout: PixelLayout) -> bool:
@@ -908,25 +842,14 @@ def content_digest(path: Path) -> str:
 
 # --- Workers: decoders may crash or hang, and take only their process with them -----
 
-Work = TypeVar("Work")
-Result = TypeVar("Result")
 
-
-@dataclass
-class _Worker(Generic[Work, Result]):
+class _Worker(NamedTuple):
     process: multiprocessing.process.BaseProcess
     connection: Connection
-    job: "_Job[Work, Result] | None" = None
 
 
-@dataclass
-class _Job(Generic[Work, Result]):
-    work: Work
-    result: Result | str | None = None
-
-
-class Crew(Generic[Work, Result]):
-    """Processes that do one kind of work.
+class Crew:
+    """Processes that convert files, each with a thread that waits for it.
 
     Each has a watchdog that ends it when it shows no sign of life for `timeout_s`,
     whatever its decoder is doing, and whether or not its parent is still there.
@@ -934,10 +857,7 @@ class Crew(Generic[Work, Result]):
     """
 
     def __init__(
-        self,
-        do: Callable[[Work, Alive], Result],
-        size: int,
-        timeout_s: float,
+        self, do: Callable[[Task, Alive], Outcome], size: int, timeout_s: float
     ) -> None:
         methods = multiprocessing.get_all_start_methods()
         kind = "forkserver" if "forkserver" in methods else "spawn"
@@ -945,52 +865,46 @@ class Crew(Generic[Work, Result]):
         if kind == "forkserver":
             self._context.set_forkserver_preload(HEAVY_IMPORTS)
         self._do, self._size, self._timeout_s = do, size, timeout_s
-        self._workers: list[_Worker[Work, Result]] = []
+        self._hired: list[_Worker] = []
+        self._idle: list[_Worker] = []
 
     def do_all(
-        self, works: Iterable[Work]
-    ) -> Generator[tuple[Work, Result | str], None, None]:
-        """Do every piece of work; answers come in its order.
-
-        A text in place of a result says how the worker died.
-        """
-        todo = iter(works)
-        queue: deque[_Job[Work, Result]] = deque()
+        self, tasks: Iterable[Task]
+    ) -> Generator[tuple[Task, Outcome], None, None]:
+        """Convert every file; the outcomes come in the order of the tasks."""
+        pending: deque[tuple[Task, Future[Outcome]]] = deque()
+        threads = ThreadPoolExecutor(self._size)
         try:
-            while True:
-                self._hand_out(todo, queue)
-                if not queue:
-                    return
-                while queue and queue[0].result is not None:
-                    job = queue.popleft()
-                    assert job.result is not None
-                    yield job.work, job.result
-                self._collect()
+            for task in tasks:
+                pending.append((task, threads.submit(self._do_one, task)))
+                while pending and (
+                    pending[0][1].done() or len(pending) >= PENDING * self._size
+                ):
+                    done, outcome = pending.popleft()
+                    yield done, outcome.result()
+            while pending:
+                done, outcome = pending.popleft()
+                yield done, outcome.result()
         finally:
+            threads.shutdown(wait=False, cancel_futures=True)
             self._end()
+            threads.shutdown()
+            self._end()  # whoever was hired in between
 
-    def _hand_out(self, todo: Iterator[Work], queue: deque[_Job[Work, Result]]) -> None:
-        while len(queue) < QUEUE_PER_WORKER * self._size:
-            idle = next((one for one in self._workers if one.job is None), None)
-            if idle is None and len(self._workers) >= self._size:
-                return
-            work = next(todo, None)
-            if work is None:
-                return
-            job: _Job[Work, Result] = _Job(work)
-            queue.append(job)
-            self._give(idle or self._hire(), job)
-
-    def _give(self, worker: _Worker[Work, Result], job: _Job[Work, Result]) -> None:
+    def _do_one(self, task: Task) -> Outcome:
         try:
-            worker.connection.send(job.work)
-        except OSError:  # it died while idle
-            self._dismiss(worker)
+            worker = self._idle.pop()
+        except IndexError:
             worker = self._hire()
-            worker.connection.send(job.work)
-        worker.job = job
+        try:
+            worker.connection.send(task)
+            outcome: Outcome = worker.connection.recv()
+        except (EOFError, OSError):
+            return Outcome(self._cause_of_death(worker), may_pass=True)
+        self._idle.append(worker)
+        return outcome
 
-    def _hire(self) -> _Worker[Work, Result]:
+    def _hire(self) -> _Worker:
         here, there = self._context.Pipe()
         process = self._context.Process(
             target=_serve, args=(self._do, self._timeout_s, there), daemon=True
@@ -998,44 +912,21 @@ class Crew(Generic[Work, Result]):
         with _no_interrupts():
             process.start()
         there.close()
-        worker: _Worker[Work, Result] = _Worker(process, here)
-        self._workers.append(worker)
-        return worker
+        self._hired.append(_Worker(process, here))
+        return self._hired[-1]
 
-    def _collect(self) -> None:
-        """Take what the workers have done; replace those that died of it."""
-        busy = {one.connection: one for one in self._workers if one.job}
-        if not busy:
-            return
-        for connection in wait(list(busy), timeout=1.0):
-            worker = busy[connection]  # type: ignore[index]
-            assert worker.job is not None
-            try:
-                worker.job.result = worker.connection.recv()
-            except (EOFError, OSError):
-                self._dismiss(worker)
-                worker.job.result = self._cause(worker.process.exitcode)
-            worker.job = None
-
-    def _cause(self, exit_code: int | None) -> str:
-        if exit_code == 1:
-            return f"given up after {self._timeout_s:g} s without a sign of life"
-        return f"the decoder crashed on it (exit code {exit_code})"
-
-    def _dismiss(self, worker: _Worker[Work, Result]) -> None:
-        self._workers.remove(worker)
+    def _cause_of_death(self, worker: _Worker) -> str:
+        self._hired.remove(worker)
         worker.connection.close()
         worker.process.join(5)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        if worker.process.exitcode == 1:
+            return f"given up after {self._timeout_s:g} s without a sign of life"
+        return f"the decoder crashed on it (exit code {worker.process.exitcode})"
 
     def _end(self) -> None:
-        for worker in self._workers:
-            if worker.job:
-                worker.process.kill()
-        for worker in list(self._workers):
-            self._dismiss(worker)
+        for worker in list(self._hired):
+            worker.process.kill()
+            worker.process.join()
 
 
 @contextmanager
@@ -1052,9 +943,7 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def _serve(
-    do: Callable[[Any, Alive], Any],
-    timeout_s: float,
-    connection: Connection,
+    do: Callable[[Task, Alive], Outcome], timeout_s: float, connection: Connection
 ) -> None:
     """What a worker process runs. Its decoders may shout: nobody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1068,9 +957,9 @@ def _serve(
 
         while True:
             try:
-                work = connection.recv()
+                task = connection.recv()
                 alive(0)
-                connection.send(do(work, alive))
+                connection.send(do(task, alive))
             except (EOFError, OSError):  # the parent is gone
                 return
             faulthandler.cancel_dump_traceback_later()
@@ -1079,21 +968,20 @@ def _serve(
 # --- What was done before -----------------------------------------------------------
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, knobs TEXT);
 CREATE TABLE IF NOT EXISTS sources (
     path BLOB PRIMARY KEY, size INT, mtime INT, run INT,
-    output TEXT, reason TEXT, may_pass INT) WITHOUT ROWID;
+    output TEXT, reason TEXT, knobs TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outputs (
     name TEXT PRIMARY KEY, identity TEXT, source BLOB,
     moment TEXT, number INT, record TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS labelled (
-    path BLOB PRIMARY KEY, size INT, mtime INT, run INT,
-    identity TEXT, name TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS labelled (path BLOB, name TEXT, identity TEXT);
 CREATE INDEX IF NOT EXISTS outputs_identity ON outputs (identity);
 CREATE INDEX IF NOT EXISTS sources_output ON sources (output);
 CREATE INDEX IF NOT EXISTS labelled_identity ON labelled (identity);
 CREATE INDEX IF NOT EXISTS labelled_name ON labelled (name);
+DELETE FROM labelled
 """
+"""`knobs` of a rejection: while they are the same, so is the reason; may be empty."""
 
 
 class Ledger:
@@ -1107,10 +995,7 @@ class Ledger:
         self.folder = cfg.folder("decompressed_dir")
         self.labelled_dir = cfg.folder("labelled_dir")
         self.counts: Counter[str] = Counter()
-        self._knobs = (
-            f"{config.PROGRAM_VERSION} {cfg.max_image_mb} {cfg.item_timeout_s}"
-        )
-        self._sealed = True
+        self._knobs = f"{config.PROGRAM_VERSION} {cfg.max_image_mb}"
 
     def __enter__(self) -> Self:
         try:
@@ -1136,11 +1021,8 @@ class Ledger:
         self._database.execute("BEGIN EXCLUSIVE")
         for statement in SCHEMA.split(";"):
             self._database.execute(statement)
-        if self._one("SELECT knobs FROM runs ORDER BY id DESC") != self._knobs:
-            self._do("DELETE FROM sources WHERE reason != ''")
-        self._do("INSERT INTO runs (knobs) VALUES (?)", self._knobs)
-        self._run = self._one("SELECT max(id) FROM runs")
-        self._committed = time.monotonic()
+        self._run = self._one("SELECT 1 + coalesce(max(run), 0) FROM sources")
+        self._saved = time.monotonic()
 
     def _do(self, statement: str, *values: object) -> sqlite3.Cursor:
         return self._database.execute(statement, values)
@@ -1150,63 +1032,45 @@ class Ledger:
         return row[0] if row else None
 
     def _save_sometimes(self) -> None:
-        if time.monotonic() - self._committed > SAVE_SECONDS:
+        if time.monotonic() - self._saved > SAVE_SECONDS:
             self._do("COMMIT")
             self._do("BEGIN EXCLUSIVE")
-            self._committed = time.monotonic()
+            self._saved = time.monotonic()
 
     # What is there
 
     def read_labelled(self) -> None:
-        """Learn which images stand in the class folders; each is opened once ever."""
+        """Learn which images stand in the class folders."""
         for path in utils.find_files(self.labelled_dir):
+            name = os.fsencode(path.name).decode("latin-1")
             with suppress(OSError):
-                self._read_labelled_file(path)
-        self._do("DELETE FROM labelled WHERE run != ?", self._run)
-
-    def _read_labelled_file(self, path: Path) -> None:
-        key, facts = os.fsencode(path), path.stat()
-        known = self._do(
-            "UPDATE labelled SET run = ? WHERE path = ? AND size = ? AND mtime = ?",
-            *(self._run, key, facts.st_size, facts.st_mtime_ns),
-        )
-        if known.rowcount == 0:
-            self._do(
-                "REPLACE INTO labelled VALUES (?, ?, ?, ?, ?, ?)",
-                *(key, facts.st_size, facts.st_mtime_ns, self._run),
-                *(identity_of(path), os.fsencode(path.name).decode("latin-1")),
-            )
+                self._do(
+                    "INSERT INTO labelled VALUES (?, ?, ?)",
+                    *(os.fsencode(path), name, identity_of(path)),
+                )
 
     def is_done(self, source: Path, facts: tuple[int, int]) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
         row = self._do(
             "UPDATE sources SET run = ? WHERE path = ? AND size = ? AND mtime = ?"
-            " RETURNING output, reason, may_pass",
-            *(self._run, self._key(source), *facts),
+            " AND (reason = '' OR knobs = ?) RETURNING output, reason",
+            *(self._run, self._key(source), *facts, self._knobs),
         ).fetchone()
         self._save_sometimes()
-        if row is None:
+        if row is None or not (row[1] or self._is_there(row[0])):
             return False
-        output, reason, may_pass = row
-        if reason:
-            self.counts["rejected"] += not may_pass
-            return not may_pass
-        if not self._is_there(output):
-            return False
-        self.counts["known"] += 1
+        self.counts["rejected" if row[1] else "known"] += 1
         return True
 
     def _is_there(self, output: str) -> bool:
         """In f1_descomprimidos, or labelled: under its name, or alone with its UID."""
         if os.path.exists(f"{self.folder}/{output}"):  # noqa: PTH110 - 5 times as fast
             return True
-        if self._one("SELECT 1 FROM labelled WHERE name = ?", output):
-            return True
         return bool(
             self._one(
-                "SELECT 1 FROM labelled JOIN outputs USING (identity)"
-                " WHERE outputs.name = ? AND 1 = (SELECT count(*) FROM outputs AS twin"
-                " WHERE twin.identity = labelled.identity)",
+                "SELECT 1 FROM labelled WHERE name = ?1 OR identity = ("
+                " SELECT max(identity) FROM outputs WHERE identity = ("
+                "  SELECT identity FROM outputs WHERE name = ?1) HAVING count(*) = 1)",
                 output,
             )
         )
@@ -1220,136 +1084,91 @@ class Ledger:
         self,
         source: Path,
         reason: str,
-        may_pass: bool = False,
         facts: tuple[int, int] = (-1, -1),
+        knobs: str = "",
     ) -> None:
-        """Record why a file has no output."""
+        """Record why a file has no output; without `knobs` it is tried again."""
         log.debug("%s: %s", clean(source), reason)
         self.counts["rejected"] += 1
-        self._record(source, facts, "", clean(reason), may_pass)
+        self._record(source, facts, "", clean(reason), knobs)
 
-    def _record(
-        self,
-        source: Path,
-        facts: tuple[int, int],
-        output: str,
-        reason: str = "",
-        may_pass: bool = False,
-    ) -> None:
-        key = self._key(source)
-        if not self._one(
-            "SELECT 1 FROM sources WHERE path = ? AND output = ? AND reason = ?",
-            *(key, output, reason),
-        ):
-            self._unseal()
+    def _record(self, source: Path, facts: tuple[int, int], *what: str) -> None:
         self._do(
             "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
-            *(key, *facts, self._run, output, reason, may_pass),
+            *(self._key(source), *facts, self._run, *what),
         )
         self._save_sometimes()
 
-    def _unseal(self) -> None:
-        """The lists say "complete": they go before the first change."""
-        if self._sealed:
-            for name in (config.FILE_LIST, config.REJECTED_LIST):
-                (self.folder / name).unlink(missing_ok=True)
-        self._sealed = False
-
     def settle(self, task: Task, outcome: Outcome) -> None:
         """Give a converted file its final name, unless its image is there already."""
-        if outcome.disk_error:
+        if outcome.reason:
+            task.temporary.unlink(missing_ok=True)
+        if outcome.disk_failed:
             raise PipelineError(
-                f"{self.folder} can't be written: {outcome.disk_error}: free some space"
+                f"{self.folder} can't be written: {outcome.reason}: free some space"
                 " or choose another folder, then run the same command again"
             )
         if outcome.reason:
-            self.reject(task.source, outcome.reason, outcome.may_pass, task.facts)
+            knobs = "" if outcome.may_pass else self._knobs
+            self.reject(task.source, outcome.reason, task.facts, knobs)
             return
-        recorded, places = self._copies(outcome.identity)
-        name = self._same(task, recorded, places)
-        if name:
-            task.temporary.unlink()
-            self.counts["duplicate" if name in recorded else "labelled"] += 1
-        else:
-            name = self._free_name(task, outcome, recorded, places)
-            self._unseal()
+        name, kind = self._place(task, outcome)
+        if kind == "written":
+            # The list says "complete": it goes before the first change.
+            (self.folder / config.FILE_LIST).unlink(missing_ok=True)
             task.temporary.replace(self.folder / name)
-            self.counts["written"] += 1
-        if name not in recorded or not places:
-            self._record_output(task, outcome, name)
-        self._record(task.source, task.facts, name)
-
-    def _copies(self, identity: str) -> tuple[list[str], dict[Path, str]]:
-        """Names given to this identity, and the files that hold it."""
-        recorded = [
-            name
-            for (name,) in self._do(
-                "SELECT name FROM outputs WHERE identity = ? ORDER BY name", identity
-            )
-        ]
-        places = {self.folder / name: name for name in recorded}
-        places = {path: name for path, name in places.items() if path.exists()}
-        for path, name in self._do(
-            "SELECT path, name FROM labelled WHERE identity = ? ORDER BY path", identity
-        ):
-            places[Path(os.fsdecode(path))] = name
-        return recorded, places
-
-    def _same(self, task: Task, recorded: list[str], places: dict[Path, str]) -> str:
-        """Name of the output that has the same content, if there is one."""
-        digest = content_digest(task.temporary) if places else ""
-        for path, name in places.items():
-            if content_digest(path) == digest:
-                return name if name in recorded or len(recorded) != 1 else recorded[0]
-        if places and not recorded:  # labelled in a run whose state is lost
-            return next(iter(places.values()))
-        return ""
-
-    def _free_name(
-        self, task: Task, outcome: Outcome, recorded: list[str], places: dict[Path, str]
-    ) -> str:
-        own = [name for name in recorded if name not in places.values()]
-        if own and not places:
-            return own[0]
-        for name in own:
-            source = self._one("SELECT source FROM outputs WHERE name = ?", name)
-            if source == self._key(task.source):
-                return name
-        names = (f"{outcome.name[:-4]}_{count}.dcm" for count in itertools.count(2))
-        for name in itertools.chain([outcome.name], names):
-            if not self._one("SELECT 1 FROM outputs WHERE name = ?", name):
-                return name
-        raise AssertionError("unreachable: names never end")
-
-    def _record_output(self, task: Task, outcome: Outcome, name: str) -> None:
+        else:
+            task.temporary.unlink()
+        self.counts[kind] += 1
         self._do(
-            "REPLACE INTO outputs VALUES (?, ?, ?, ?, ?, ?)",
+            f"INSERT OR {'REPLACE' if kind == 'written' else 'IGNORE'} INTO outputs"
+            " VALUES (?, ?, ?, ?, ?, ?)",
             *(name, outcome.identity, self._key(task.source)),
             *(outcome.record["timestamp"], min(outcome.number, 2**62)),
             json.dumps(dict(outcome.record)),
         )
+        self._record(task.source, task.facts, name, "", "")
+
+    def _place(self, task: Task, outcome: Outcome) -> tuple[str, str]:
+        """Name of the image, and whether it is written, labelled or a duplicate.
+
+        Files of one SOPInstanceUID are one image only if their content is the same.
+        """
+        known = [
+            name
+            for (name,) in self._do(
+                "SELECT name FROM outputs WHERE identity = ? ORDER BY name",
+                outcome.identity,
+            )
+        ]
+        taken = set()
+        for path, name in self._do(
+            "SELECT path, name FROM labelled WHERE identity = ? ORDER BY path",
+            outcome.identity,
+        ):
+            # Without a record, of a run whose state is lost, the UID must do.
+            if not known or same_content(Path(os.fsdecode(path)), task.temporary):
+                return (name if name in known or not known else known[0]), "labelled"
+            taken.add(name)
+        others = (f"{outcome.name[:-4]}_{count}.dcm" for count in itertools.count(2))
+        for name in itertools.chain([outcome.name], others):
+            path = self.folder / name
+            if path.exists() and same_content(path, task.temporary):
+                return name, "duplicate"
+            if not path.exists() and name not in taken:
+                return name, "written"
+        raise AssertionError("unreachable: names never end")
 
     # The lists
 
     def write_lists(self) -> None:
         """Write manifiesto.csv and rechazados.csv, unless nothing has changed."""
-        if self._one(
-            "SELECT 1 FROM sources WHERE reason != '' AND run = ?", self._run - 1
-        ):  # gone since the last run, and so should be its line
-            self._unseal()
-        if self._sealed and (self.folder / config.FILE_LIST).exists():
-            return
-        self._forget_lost_outputs()
-        utils.write_csv(
-            self.folder / config.REJECTED_LIST, ("source", "reason"), self.rejected()
-        )
-        utils.write_csv(self.folder / config.FILE_LIST, COLUMNS, self._manifest())
-
-    def _forget_lost_outputs(self) -> None:
-        names = self._do("SELECT name FROM outputs").fetchall()
-        for (name,) in names:
+        for (name,) in self._do("SELECT name FROM outputs").fetchall():
             if not self._is_there(name):
                 self._do("DELETE FROM outputs WHERE name = ?", name)
+        path = self.folder / config.REJECTED_LIST
+        write_if_changed(path, ("source", "reason"), self.rejected())
+        write_if_changed(self.folder / config.FILE_LIST, COLUMNS, self._manifest())
 
     def rejected(self) -> Iterator[dict[str, str]]:
         """Files of this run that have no output, and why."""
@@ -1387,7 +1206,7 @@ class Ledger:
 
     # The summary
 
-    def totals(self) -> dict[str, int]:
+    def modalities(self) -> dict[str, int]:
         """Images per modality."""
         return dict(
             self._do(
@@ -1407,25 +1226,29 @@ class Ledger:
         undated = self._one("SELECT count(*) FROM outputs WHERE moment = ?", NO_DATE)
         if undated:
             yield f"{undated} images have no date: they stand last"
-        mixed = self._mixed_folders()
-        for folder, sources in list(mixed.items())[:MAX_WARNINGS]:
-            yield f"{folder} was ordered by different attributes: {', '.join(sources)}"
-        if len(mixed) > MAX_WARNINGS:
-            yield f"… and so were {len(mixed) - MAX_WARNINGS} more folders"
-
-    def _mixed_folders(self) -> dict[str, list[str]]:
-        """Folders whose images were ordered by different attributes, or zones."""
         found: dict[str, set[str]] = {}
-        for source, used, notes in self._do(
-            "SELECT source, json_extract(record, '$.time_source'),"
-            " json_extract(record, '$.notes') FROM outputs"
+        for source, used in self._do(
+            "SELECT source, json_extract(record, '$.time_source') FROM outputs"
+            " ORDER BY source"
         ):
             folder = shown_path(source.rpartition(b"/")[0]) or "the input folder"
-            zone = " in UTC" if UTC_NOTE in notes else ""
-            found.setdefault(folder, set()).add((used or "no date") + zone)
-        return {
-            name: sorted(used) for name, used in sorted(found.items()) if len(used) > 1
-        }
+            found.setdefault(folder, set()).add(used or "no date")
+        for folder, sources in found.items():
+            if len(sources) > 1:
+                names = " / ".join(sorted(sources))
+                yield f"{folder} was ordered by different attributes: {names}"
+
+
+def write_if_changed(
+    path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
+) -> None:
+    """Write a CSV file, or leave the one that is there as it is."""
+    fresh = path.with_name(TEMPORARY.replace("*", path.name))
+    utils.write_csv(fresh, columns, rows)
+    if path.exists() and filecmp.cmp(path, fresh, shallow=False):
+        fresh.unlink()
+    else:
+        fresh.replace(path)
 
 
 def identity_of(path: Path) -> str:
@@ -1437,6 +1260,11 @@ def identity_of(path: Path) -> str:
     _, meta = utils.read_file_meta(head, 132)
     uid = clean(meta.get(0x00020003, b"").decode("latin-1").strip("\0 "))
     return uid or f"sha256:{content_digest(path)}"
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Whether two files of ours hold the same dataset."""
+    return content_digest(path) == content_digest(other)
 
 
 def shown_path(path: bytes) -> str:
@@ -1458,19 +1286,20 @@ def run(cfg: Config) -> int:
         with Ledger(cfg) as ledger:
             ledger.read_labelled()
             crew = Crew(convert, cfg.jobs or os.cpu_count() or 1, cfg.item_timeout_s)
-            tasks = new_tasks(ledger, source_dir, cfg.max_image_mb)
+            tasks = new_tasks(ledger, cfg.max_image_mb)
             with closing(crew.do_all(tasks)) as results:
-                for task, result in results:
-                    settle(ledger, task, result)
+                for task, outcome in results:
+                    ledger.settle(task, outcome)
             if not ledger.counts:
                 raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
             ledger.write_lists()
             report(ledger)
             return utils.EXIT_SOME_FAILED if ledger.counts["rejected"] else 0
     except sqlite3.OperationalError as error:
-        raise PipelineError(
-            f"{folder / STATE}: {error}: {_state_remedy(error)}"
-        ) from None
+        remedy = "make sure that the folder can be written and the disk has space"
+        if "locked" in str(error):
+            remedy = "another phase 1 is at work here; wait for it to end"
+        raise PipelineError(f"{folder / STATE}: {error}: {remedy}") from None
 
 
 def check_folders(source_dir: Path, folder: Path) -> None:
@@ -1492,10 +1321,11 @@ def make_folders(cfg: Config) -> None:
             (labelled / name).mkdir(parents=True)
 
 
-def new_tasks(ledger: Ledger, source_dir: Path, limit_mb: int) -> Iterator[Task]:
+def new_tasks(ledger: Ledger, limit_mb: int) -> Iterator[Task]:
     """A task for every file that is not settled yet, in order of their names."""
     started = told = time.monotonic()
-    for count, path in enumerate(utils.find_files(source_dir, ledger.reject), 1):
+    files = utils.find_files(ledger.source_dir, ledger.reject)
+    for count, path in enumerate(files, 1):
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
             log.info("%d files after %.0f s", count, told - started)
@@ -1514,21 +1344,10 @@ def facts_of(path: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def settle(ledger: Ledger, task: Task, result: Outcome | str) -> None:
-    """Record the result, or the death of the worker, which may pass."""
-    if isinstance(result, str):
-        task.temporary.unlink(missing_ok=True)
-        result = Outcome(result, may_pass=True)
-    ledger.settle(task, result)
-
-
 def report(ledger: Ledger) -> None:
     """Print what was done and what to do next."""
-    counts = ledger.counts
-    kinds = ", ".join(
-        f"{count} {name or '?'}" for name, count in ledger.totals().items()
-    )
-    print(f"{sum(counts.values())} files in {ledger.source_dir}:")
+    counts, file_list = ledger.counts, ledger.folder / config.FILE_LIST
+    print(f"{counts.total()} files in {ledger.source_dir}:")
     lines = {
         "written": f"images written to {ledger.folder} now",
         "known": "images were there before, here or labelled",
@@ -1541,21 +1360,15 @@ def report(ledger: Ledger) -> None:
             print(f"  {counts[key]:6d} {text}")
     for line in itertools.islice(ledger.rejected(), MAX_WARNINGS):
         log.warning("left out: %s: %s", line["source"], line["reason"])
-    for warning in ledger.warnings():
+    for warning in itertools.islice(ledger.warnings(), MAX_WARNINGS):
         log.warning("warning: %s", warning)
-    print(
-        f"In order of exposure: {ledger.folder / config.FILE_LIST} ({kinds or 'none'})"
-    )
+    kinds = ledger.modalities().items()
+    shown = ", ".join(f"{count} {name or '?'}" for name, count in kinds)
+    print(f"In order of exposure: {file_list} ({shown or 'none'})")
     print(
         f"Next: move the files into {ledger.labelled_dir}/<CLASS>/ and run"
         " python fase2_generar_vectores_vlm.py"
     )
-
-
-def _state_remedy(error: sqlite3.OperationalError) -> str:
-    if "locked" in str(error):
-        return "another phase 1 is at work here; wait for it to end"
-    return "make sure that the folder can be written and the disk has space"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import os
 import random
 import stat
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -105,9 +106,15 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
         a bug and keeps its traceback.
     """
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
     except PipelineError as error:
         complain(f"error: {error}")
+    except BrokenPipeError:
+        # Who read the output has left (`| head`), and Python must not mind at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         complain("interrupted: what was done is kept; the same command goes on with it")
         return EXIT_INTERRUPTED

@@ -505,12 +505,13 @@ class Runner:
         if forgets and self.settings.era == "llamaserver":
             saved = self.ram.swap(slot.tokens, new)
         slot.tokens, slot.restored = saved or slot.tokens, saved is not None
-        self.tick += 1
-        slot.busy, slot.used = True, self.tick
+        slot.busy = True
         try:
             yield slot
         finally:
-            slot.busy = False
+            # As in llama.cpp, a slot's rest begins when it is released.
+            self.tick += 1
+            slot.busy, slot.used = False, self.tick
 
     def must_encode(self, image: str, in_prefix: bool) -> bool:
         """Whether the image goes through the encoder, by what this era remembers."""

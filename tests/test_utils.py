@@ -1,6 +1,9 @@
 """utils.py: errors, files and the image preparation."""
 
 import errno
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,19 @@ def test_what_a_user_causes_is_one_line_and_a_code(
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         utils.exit_code(lambda: failing(ZeroDivisionError()), print)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = "import utils; utils.exit_code(lambda: print('x' * 10**6) or 0, print)"
+    done = subprocess.run(
+        f"{sys.executable} -c {shlex.quote(code)} | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(utils.__file__).parent,
+    )
+    assert (done.stdout, done.stderr) == ("x", "")
 
 
 # --- Files --------------------------------------------------------------------------
