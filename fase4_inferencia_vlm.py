@@ -398,8 +398,8 @@ async def classify(
             warnings = check_conditions(metrics, utils.conditions(cfg, facts), cfg)
             warnings += check_probe(metrics, facts, cfg)
             warnings += check_count(metrics, cfg)
-            for warning in warnings:
-                log.warning("warning: %s", warning)
+            for warning in warnings if not cfg.json else ():
+                print(f"warning: {warning}", flush=True)
             inference = Inference(
                 server, model, cfg, lambda task: deliver(task, warnings)
             )

@@ -371,6 +371,16 @@ def test_force_answers_all_the_same_and_says_so_in_the_output(
         assert "vlm_digest" in result["warnings"][0]
 
 
+def test_force_warns_in_a_line_before_the_answers(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeOllama(digests={"demo-vlm": "d" * 64}) as fake:
+        assert phase4(base, fake, "--force", new) == 0
+    first, *answers = capsys.readouterr().out.splitlines()
+    assert first.startswith("warning: vlm_digest: trained with ")
+    assert len(answers) == 3
+
+
 def test_an_embedder_that_drifted_is_refused(
     base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
