@@ -294,8 +294,10 @@ class Config:
     num_ctx: int = _knob(2048, "context length asked of the VLM, tokens", *VLM_PHASES)
     keep_alive: str = _knob("30m", "how long the server keeps models", *VLM_PHASES)
     connect_timeout: float = _knob(5.0, "seconds to reach the server", *VLM_PHASES)
+    # On two processor cores a model of llava-phi3's size takes some 100 s to read a new
+    # image and prompt, and the request behind it waits for its turn.
     read_timeout: float = _knob(
-        300.0, "seconds to wait for one answer before it is asked again", *VLM_PHASES
+        600.0, "seconds to wait for one answer before it is asked again", *VLM_PHASES
     )
     load_timeout: float = _knob(
         900.0, "seconds that the server may take to load a model", *VLM_PHASES
