@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -301,6 +301,14 @@ class Journal:
             self._answers.pop(key, None)
 
 
+def open_journal(
+    image: LabelledImage, conditions: Mapping[str, Any], cfg: Config
+) -> Journal:
+    """Read what is known about an image under these conditions."""
+    folder = cfg.folder("dataset_dir") / config.JOURNAL_DIR
+    return Journal(folder, image, conditions)
+
+
 def _key(*asked: object) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -402,8 +410,7 @@ class Interview:
             raise
 
     def _task(self, image: LabelledImage) -> Task:
-        folder = self._cfg.folder("dataset_dir") / config.JOURNAL_DIR
-        return Task(image, Journal(folder, image, self._conditions))
+        return Task(image, open_journal(image, self._conditions, self._cfg))
 
     async def _open(self, image: LabelledImage) -> list[tuple[Task, Question]]:
         """Prepare an image and give the questions that have no answer yet."""
@@ -644,15 +651,24 @@ def questions_left(
     images: Sequence[LabelledImage], conditions: Mapping[str, Any], cfg: Config
 ) -> tuple[int, int]:
     """How many images still have open questions, and how many questions these are."""
-    folder = cfg.folder("dataset_dir") / config.JOURNAL_DIR
     open_images = open_questions = 0
     for image in images:
-        journal = Journal(folder, image, conditions)
+        journal = open_journal(image, conditions, cfg)
         asked = questions_for(image.label, cfg)
         missing = sum(journal.chosen(question) is None for question in asked)
         open_images += missing > 0
         open_questions += missing
     return open_images, open_questions
+
+
+class Row(NamedTuple):
+    """One row of the dataset and where it comes from."""
+
+    image: LabelledImage
+    question: Question
+    attempts: list[Answer]
+    answer: Answer
+    journal: Journal
 
 
 class Dataset:
@@ -670,20 +686,19 @@ class Dataset:
         self._cfg = cfg
         self.images = [image for image in images if self._missing(image) == 0]
 
-    def _journal(self, image: LabelledImage) -> Journal:
-        folder = self._folder / config.JOURNAL_DIR
-        return Journal(folder, image, self._conditions)
-
     def _missing(self, image: LabelledImage) -> int:
-        journal = self._journal(image)
+        journal = open_journal(image, self._conditions, self._cfg)
         chosen = [journal.chosen(q) for q in questions_for(image.label, self._cfg)]
         return sum(a is None or journal.vector(a.text) is None for a in chosen)
 
-    def _rows(self) -> Iterator[tuple[LabelledImage, Question, list[Answer], Journal]]:
+    def _rows(self) -> Iterator[Row]:
         for image in self.images:
-            journal = self._journal(image)
+            journal = open_journal(image, self._conditions, self._cfg)
             for question in questions_for(image.label, self._cfg):
-                yield image, question, journal.attempts(question), journal
+                attempts = journal.attempts(question)
+                # The images are complete: each question has its answer.
+                answer = cast(Answer, utils.chosen_answer(attempts))
+                yield Row(image, question, attempts, answer, journal)
 
     def write(self, n_features: int) -> None:
         """Write X, y and the row list; memory holds one image's rows at a time."""
@@ -694,9 +709,9 @@ class Dataset:
             shape = (len(labels), n_features)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for _, _, attempts, journal in self._rows():
-                text = cast(Answer, utils.chosen_answer(attempts)).text
-                file.write(cast(NDArray[np.float32], journal.vector(text)).tobytes())
+            for row in self._rows():
+                vector = row.journal.vector(row.answer.text)
+                file.write(cast(NDArray[np.float32], vector).tobytes())
         with utils.atomic_write(self._folder / config.DATASET_Y) as file:
             np.save(file, np.array(labels))
         utils.write_csv(
@@ -704,8 +719,7 @@ class Dataset:
         )
 
     def _row_lines(self) -> Iterator[dict[str, object]]:
-        for number, (image, question, attempts, _) in enumerate(self._rows()):
-            answer = cast(Answer, utils.chosen_answer(attempts))
+        for number, (image, question, attempts, answer, _) in enumerate(self._rows()):
             seed = question.seed(image.image_id, attempts.index(answer))
             values = (
                 number,
@@ -728,8 +742,7 @@ class Dataset:
         """
         counts: dict[str, Counter[str]] = {}
         texts: dict[str, Counter[int]] = {}
-        for _, question, attempts, _ in self._rows():
-            answer = cast(Answer, utils.chosen_answer(attempts))
+        for _, question, attempts, answer, _ in self._rows():
             count = counts.setdefault(question.prompt, Counter())
             count["answers"] += 1
             count[answer.problem or "whole"] += 1
