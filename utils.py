@@ -526,7 +526,9 @@ def _inflate(data: Buffer, limit: int) -> bytes:
 
 
 # Decoding: PS3.5 8.2 and A.4. imagecodecs decodes every syntax and releases the GIL; it
-# says nothing of a stream that ends early, so that is checked here.
+# says nothing of a stream that ends early, so that is checked here. The special one
+# for HTJ2K is left aside: where a lossy stream overshoots 16 bits, OpenJPH turns white
+# into black (imagecodecs 2026.3.6); OpenJPEG, which reads HTJ2K too, clips.
 
 
 @dataclass(frozen=True)
@@ -740,7 +742,7 @@ _DECODERS: dict[str, Callable[[Any, StreamFacts, PixelLayout], NDArray[Any]]] = 
     "JPEG Lossless": _decode_jpeg,
     "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),
     "JPEG 2000": lambda stream, *_: np.asarray(imagecodecs.jpeg2k_decode(stream)),
-    "HTJ2K": lambda stream, *_: np.asarray(imagecodecs.htj2k_decode(stream)),
+    "HTJ2K": lambda stream, *_: np.asarray(imagecodecs.jpeg2k_decode(stream)),
     "RLE": _decode_rle,
 }
 

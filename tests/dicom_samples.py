@@ -44,6 +44,7 @@ LOSSY = {
     "JPEG Extended": uid.JPEGExtended12Bit,
     "JPEG-LS near-lossless": uid.JPEGLSNearLossless,
     "JPEG 2000 lossy": uid.JPEG2000,
+    "HTJ2K lossy": uid.HTJ2K,
 }
 
 
@@ -107,8 +108,9 @@ def encode_frame(pixels: Pixels, syntax: str, bits: int) -> bytes:
                 pixels, codecformat="J2K", reversible=not level, level=level, mct=False
             )
         )
-    if syntax == uid.HTJ2KLossless:
-        return bytes(imagecodecs.htj2k_encode(pixels, reversible=True))
+    if syntax in (uid.HTJ2KLossless, uid.HTJ2K):
+        options = {"reversible": False, "level": 0.001} if syntax == uid.HTJ2K else {}
+        return bytes(imagecodecs.htj2k_encode(pixels, **options))
     return _rle(pixels)
 
 

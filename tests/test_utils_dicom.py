@@ -4,6 +4,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -107,6 +108,36 @@ def test_a_lossy_syntax_comes_close(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "x", pixels, LOSSY[name], bits)
     error = decode_frame(read_dicom(path)).astype(float) - pixels
     assert np.sqrt(np.mean(error**2)) < 2**bits / 100
+
+
+@pytest.mark.parametrize("name", ["JPEG 2000 lossy", "HTJ2K lossy"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_black_and_white_stay_what_they_are_in_a_lossy_stream(
+    tmp_path: Path, name: str, dtype: type[np.integer[Any]]
+) -> None:
+    extremes = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype)
+    pixels = np.kron(np.tile(extremes, (8, 6)), np.ones((7, 5), dtype))
+    path = write(tmp_path / "x", pixels, LOSSY[name], 16)
+    error = decode_frame(read_dicom(path)).astype(float) - pixels
+    assert np.abs(error).max() < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["JPEG 2000", "JPEG 2000 lossy", "HTJ2K", "HTJ2K lossy"]
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_jpeg_2000_decodes_as_with_every_plugin_of_pydicom(
+    tmp_path: Path, name: str, dtype: type[np.integer[Any]]
+) -> None:
+    rng = np.random.default_rng(0)
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    pixels = rng.integers(low, high, (60, 70), dtype, endpoint=True)
+    bits = 8 * pixels.itemsize
+    path = write(tmp_path / "x", pixels, (SYNTAXES | LOSSY)[name], bits)
+    references = reference_arrays(path)
+    assert "pylibjpeg" in references
+    for reference in references.values():
+        assert np.array_equal(decode_frame(read_dicom(path)), reference)
 
 
 @pytest.mark.parametrize("name", CODECS)
