@@ -109,8 +109,10 @@ def encode_frame(pixels: Pixels, syntax: str, bits: int) -> bytes:
             )
         )
     if syntax in (uid.HTJ2KLossless, uid.HTJ2K):
-        options = {"reversible": False, "level": 0.001} if syntax == uid.HTJ2K else {}
-        return bytes(imagecodecs.htj2k_encode(pixels, **options))
+        step = 0.001 if syntax == uid.HTJ2K else None
+        return bytes(
+            imagecodecs.htj2k_encode(pixels, reversible=step is None, level=step)
+        )
     return _rle(pixels)
 
 
