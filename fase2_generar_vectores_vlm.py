@@ -819,16 +819,16 @@ def run(cfg: Config) -> int:
 
 async def check_server(cfg: Config) -> None:
     """Raise PipelineError unless server and models are there, or can be had."""
-    async with VlmServer(cfg) as server:
-        await server.check_models(say)
+    async with VlmServer(cfg, say) as server:
+        await server.check_models()
 
 
 async def interview(
     images: Sequence[LabelledImage], cfg: Config
 ) -> tuple[ServerFacts, dict[str, str]]:
     """Ask the server all that is open; failures come back by image id."""
-    async with VlmServer(cfg) as server:
-        facts = await server.preflight(say)
+    async with VlmServer(cfg, say) as server:
+        facts = await server.preflight()
         announce(cfg, facts, images)
         conditions = utils.conditions(cfg, facts)
         open_images, to_ask = questions_left(images, conditions, cfg)

@@ -393,8 +393,8 @@ async def classify(
     folder = cfg.folder("model_dir")
     model = asyncio.create_task(asyncio.to_thread(load_model, folder, metrics))
     try:
-        async with VlmServer(cfg) as server:
-            facts = await server.preflight(log.info)
+        async with VlmServer(cfg, log.info) as server:
+            facts = await server.preflight()
             warnings = check_conditions(metrics, utils.conditions(cfg, facts), cfg)
             warnings += check_probe(metrics, facts, cfg)
             warnings += check_count(metrics, cfg)

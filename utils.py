@@ -1089,10 +1089,16 @@ class VlmServer:
     Use as an async context manager. `preflight` comes first; `describe` and `embed`
     then raise RejectedError for what fails alone and PipelineError for what stops a
     run: a server that stays away, or a model that is gone.
+
+    Parameters
+    ----------
+    tell : callable
+        Takes a line about what takes a while: a download (``--pull``), the loading of
+        the models, the wait for a server that went away.
     """
 
-    def __init__(self, cfg: config.Config) -> None:
-        self._cfg = cfg
+    def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
+        self._cfg, self._tell = cfg, tell
         self._url = server_url(cfg)
         self._client = ollama.AsyncClient(
             self._url,
@@ -1103,7 +1109,6 @@ class VlmServer:
         self._recovery = asyncio.Lock()
         self._given_up_in_a_row = 0
         self._n_features = 0
-        self._tell: Callable[[str], object] = lambda _: None
 
     async def __aenter__(self) -> Self:
         return self
@@ -1116,35 +1121,28 @@ class VlmServer:
 
     # -- before any work --
 
-    async def preflight(self, progress: Callable[[str], object]) -> ServerFacts:
+    async def preflight(self) -> ServerFacts:
         """Check in seconds that both models are there and do their work.
-
-        Parameters
-        ----------
-        progress : callable
-            Takes a line about what takes a while: downloads (``--pull``), loading and,
-            later, waiting for a server that went away.
 
         Raises
         ------
         PipelineError
             Naming what is missing, and the command that mends it.
         """
-        self._tell = progress
-        version = await self.check_models(progress)
-        progress(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
+        version = await self.check_models()
+        self._tell(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
         try:
             return await self._tried_models(version)
         except _FAILURES as error:
             raise self._failed_test(version, error) from None
 
-    async def check_models(self, progress: Callable[[str], object]) -> str:
+    async def check_models(self) -> str:
         """The quick part of the preflight: the version, once both models are there."""
         version = await self._version()
         try:
             for model in (self._cfg.vlm, self._cfg.embed_model):
                 if not _find(await self._digests(), model):
-                    await self._pull_or_explain(model, progress)
+                    await self._pull_or_explain(model)
             await self._check_vision()
         except _FAILURES as error:
             raise self._failed_test(version, error) from None
@@ -1211,9 +1209,7 @@ class VlmServer:
         models = (await self._client.list()).models
         return {str(m.model): str(m.digest) for m in models}
 
-    async def _pull_or_explain(
-        self, model: str, progress: Callable[[str], object]
-    ) -> None:
+    async def _pull_or_explain(self, model: str) -> None:
         if not self._cfg.pull:
             raise PipelineError(
                 f"model {model} is not on the server at {self._url}: run "
@@ -1226,7 +1222,7 @@ class VlmServer:
                 if step.total:
                     line += _bar((step.completed or 0) / step.total)
                 if line != told:  # the server reports every few milliseconds
-                    progress(line)
+                    self._tell(line)
                 told = line
         except ollama.ResponseError as error:
             raise PipelineError(

@@ -32,18 +32,22 @@ def knobs(fake: FakeOllama, *more: str) -> Config:
     return parse_config(2, "", [*server_flags(fake.url), *more])[0]
 
 
-def ask(cfg: Config, work: Callable[[VlmServer], Awaitable[T]]) -> T:
+def ask(
+    cfg: Config,
+    work: Callable[[VlmServer], Awaitable[T]],
+    tell: Callable[[str], object] = lambda _: None,
+) -> T:
     """Run one coroutine with a server client."""
 
     async def main() -> T:
-        async with VlmServer(cfg) as server:
+        async with VlmServer(cfg, tell) as server:
             return await work(server)
 
     return asyncio.run(main())
 
 
 def preflight(cfg: Config) -> ServerFacts:
-    return ask(cfg, lambda server: server.preflight(lambda _: None))
+    return ask(cfg, VlmServer.preflight)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_pull_fetches_a_missing_model_and_says_how_far_it_is() -> None:
     lines: list[str] = []
     with FakeOllama(models=("demo-embed",), pullable=("demo-vlm",)) as fake:
         cfg = knobs(fake, "--pull")
-        facts = ask(cfg, lambda server: server.preflight(lines.append))
+        facts = ask(cfg, VlmServer.preflight, lines.append)
     assert facts.vlm_digest
     assert any("demo-vlm" in line and "%" in line for line in lines)
 
@@ -125,7 +129,7 @@ def test_models_that_do_not_fit_together_are_noticed() -> None:
 
 def test_the_first_load_is_the_last(fake: FakeOllama, picture: PreparedImage) -> None:
     async def work(server: VlmServer) -> None:
-        await server.preflight(lambda _: None)
+        await server.preflight()
         await server.describe(picture, QUESTION, (), print)
         await server.embed(["a text"])
 
@@ -354,7 +358,7 @@ def test_a_server_that_stays_away_stops_the_run(picture: PreparedImage) -> None:
 
 def test_a_replaced_model_is_noticed(fake: FakeOllama) -> None:
     async def work(server: VlmServer) -> None:
-        facts = await server.preflight(lambda _: None)
+        facts = await server.preflight()
         await server.check_unchanged(facts)
         fake.control(digests={"demo-vlm": "f" * 64})
         await server.check_unchanged(facts)
@@ -370,7 +374,7 @@ TEXTS = [f"text number {number}" for number in range(70)]
 
 def embedded(cfg: Config, texts: list[str]) -> list[NDArray[np.float32] | None]:
     async def work(server: VlmServer) -> list[NDArray[np.float32] | None]:
-        await server.preflight(lambda _: None)
+        await server.preflight()
         return await server.embed(texts)
 
     return ask(cfg, work)
