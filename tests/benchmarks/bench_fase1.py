@@ -5,6 +5,9 @@ decompress the same folder, and prints CPU and wall time and the ratio to the ob
 script. CPU time is that of the process and all its descendants. `dcmdjpeg`, `dcmdrle`
 and `gdcmconv` are measured where they are installed.
 
+Memory is the largest sum of the proportional set sizes of phase 1 and its processes;
+what it takes with images of 8 × 8 pixels is the base (Linux).
+
 Each way is measured on one image as well. What that takes is mostly start-up, which
 a run pays once; the rest, shared out among the other images, is what each further image
 costs. The last column compares that part alone.
@@ -16,14 +19,17 @@ The table can only be read from one run: times of two runs can't be compared.
 
 import argparse
 import os
+import re
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -135,6 +141,45 @@ def _reap_orphans() -> None:
             return
 
 
+def peak_memory(command: Callable[[], None]) -> float:
+    """Largest sum of the proportional set sizes of all descendants, in bytes."""
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, sum(map(_set_size, descendants(os.getpid()))))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        command()
+    finally:
+        done.set()
+        watcher.join()
+    return peak
+
+
+def descendants(process: int) -> Iterator[int]:
+    """The processes that a process has started, and theirs."""
+    children = []
+    with suppress(OSError):  # it may end at any moment
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
+            children += [int(child) for child in path.read_text("ascii").split()]
+    for child in children:
+        yield child
+        yield from descendants(child)
+
+
+def _set_size(process: int) -> int:
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text("ascii")
+    except OSError:
+        return 0
+    found = re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def ways(
     samples: Path, work: Path, jobs: int
 ) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -198,6 +243,27 @@ def measure_ways(samples: Path, folder: Path, args: argparse.Namespace) -> Times
     }
 
 
+def print_memory(syntax: str, side: int, jobs: int, folder: Path) -> None:
+    """What phase 1 takes with one and with all workers, in images above the base."""
+    peaks = {}
+    for pixels in (8, side):
+        samples = folder / f"memory{pixels}" / syntax
+        write_samples(samples, syntax, 4 * jobs, pixels)
+        for count in {1: None, jobs: None}:
+            work = folder / "work"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            peaks[pixels, count] = peak_memory(partial(fase1, samples, work, count))
+        shutil.rmtree(samples)
+    for count in {1: None, jobs: None}:
+        base, image = peaks[8, count], 2 * side**2
+        images = (peaks[side, count] - base) / image / count
+        print(
+            f"  memory, {count} job(s): {base / 1e6:.0f} MB and {images:.1f} images of "
+            f"{image / 1e6:.0f} MB a worker"
+        )
+
+
 def bench(syntax: str, args: argparse.Namespace, folder: Path) -> None:
     """Measure one transfer syntax and print its rows."""
     slow = syntax.startswith("JPEG 2000")
@@ -210,6 +276,7 @@ def bench(syntax: str, args: argparse.Namespace, folder: Path) -> None:
         shutil.rmtree(samples)
     print(f"\n{syntax}: {count} images of {args.side}x{args.side}, 16 bit")
     print_rows(syntax, found[1], found[count], count)
+    print_memory(syntax, args.side, args.jobs, folder)
 
 
 def print_rows(syntax: str, one: Times, all_: Times, count: int) -> None:
