@@ -295,10 +295,11 @@ class Header:
         if element is None or element.undefined:
             return None
         raw = bytes(self.data[element.value : min(element.end, element.value + 1024)])
-        code = NUMBER_CODES.get(element.vr)
+        unknown = element.vr == "UN"  # little endian in every syntax: PS3.5 6.2.2
+        code = NUMBER_CODES.get(implicit_vr(element.tag) if unknown else element.vr)
         if code is None:
             return self._text(raw).split("\\")[0].strip("\0 ") or None
-        code = (">" if self.syntax.big_endian else "<") + code
+        code = (">" if self.syntax.big_endian and not unknown else "<") + code
         return (
             struct.unpack_from(code, raw)[0]
             if len(raw) >= struct.calcsize(code)
@@ -386,7 +387,7 @@ def _decided_vr(header: Header, element: Element) -> str:
     size = element.end - element.value
     if element.vr in utils.SHORT_VRS and size > 0xFFFE:
         return "UN"
-    if element.implicit and element.vr in ("SS", "US") and size == 2:
+    if element.implicit and element.vr in ("SS", "US"):
         with suppress(KeyError):
             if "US or SS" in dictionary_VR(element.tag):
                 return "SS" if header.signed else "US"
@@ -627,6 +628,7 @@ class Image:
         syntax = Syntax(encoding.implicit, encoding.big_endian)
         header = Header.of(data, syntax, elements)
         header.notes.extend(encoding.notes)
+        header.notes.extend(_meta_differences(header, encoding))
         pixels = header.elements.get(PIXEL_DATA)
         uid = UID(encoding.transfer_syntax)
         if pixels is None:
@@ -679,6 +681,8 @@ class Image:
         if self.encoding.big_endian:
             bits = self.layout.bits_allocated
             words = 2 if bits <= 8 and self.pixels.vr == "OW" else max(1, bits // 8)
+            if words > 2 and self.pixels.vr == "OW":
+                self.header.notes.append(f"bytes were swapped in words of {bits} bits")
             value = memoryview(swapped(value, words))
         if syntax.is_compressed:
             self.header.notes.append("said compressed, is not")
@@ -812,6 +816,18 @@ def output_name(record: Mapping[str, str], identity: str) -> str:
     return "_".join([record["timestamp"], *filter(None, safe), digest]) + ".dcm"
 
 
+META_UIDS = {0x00020002: "SOPClassUID", 0x00020003: "SOPInstanceUID"}
+
+
+def _meta_differences(header: Header, encoding: Encoding) -> Iterator[str]:
+    """Where the file meta group and the dataset don't say the same."""
+    for tag, keyword in META_UIDS.items() if encoding.meta else ():
+        ours = str(header.get(keyword) or "")
+        theirs = encoding.meta.get(tag, b"").decode("latin-1").strip("\0 ")
+        if ours and ours != theirs:
+            yield f"its file meta group had {'another' if theirs else 'no'} {keyword}"
+
+
 def file_meta(header: Header, encoding: Encoding) -> bytes:
     """Preamble and file meta group (PS3.10 7.1); who sent the file is kept."""
     elements = {
@@ -820,7 +836,7 @@ def file_meta(header: Header, encoding: Encoding) -> bytes:
         0x00020012: ("UI", IMPLEMENTATION_UID.encode()),
         0x00020013: ("SH", IMPLEMENTATION_NAME.encode()),
     }
-    for tag, keyword in ((0x00020002, "SOPClassUID"), (0x00020003, "SOPInstanceUID")):
+    for tag, keyword in META_UIDS.items():
         uid = str(header.get(keyword) or "").encode() or encoding.meta.get(tag, b"")
         elements[tag] = ("UI", uid)
     for tag in (0x00020016, 0x00020017, 0x00020018):

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import (
     Awaitable,
     Callable,
+    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -456,27 +457,51 @@ def _dataset_start(data: Buffer) -> int:
 
 
 def _open_dataset(data: Buffer, limit: int) -> tuple[Buffer, Encoding]:
-    start, meta = read_file_meta(data, _dataset_start(data))
+    begin = _dataset_start(data)
+    start, meta = read_file_meta(data, begin)
+    notes = tuple(_meta_faults(data, begin, start, meta))
     named = meta.get(0x00020010, b"").decode("latin-1").strip("\0 ")
-    notes = () if meta else ("had no file meta group",)
-    if named == DeflatedExplicitVRLittleEndian and not _looks_explicit(data, start):
-        data, start = _inflate(data[start:], limit), 0
+    inflated = named == DeflatedExplicitVRLittleEndian
+    if inflated:
+        try:
+            data, start = _inflate(data[start:], limit), 0
+        except RejectedError:
+            if not _looks_explicit(data, start):
+                raise
+            inflated = False
     implicit, big_endian = _guess_encoding(data, start)
     native = {
         (True, False): ImplicitVRLittleEndian,
         (False, True): ExplicitVRBigEndian,
     }.get((implicit, big_endian), ExplicitVRLittleEndian)
-    uid = UID(named)
-    if not named:
-        notes = notes or ("had no transfer syntax",)
-        uid = native
-    elif uid.is_transfer_syntax and (uid.is_implicit_VR, not uid.is_little_endian) != (
-        implicit,
-        big_endian,
-    ):
-        notes = (f"said {uid.name}, is {native.name}",)
+    uid = UID(named or native)
+    found = (implicit, big_endian, inflated)
+    if uid.is_transfer_syntax and _encoding_of(uid) != found:
+        notes = (*notes, f"said {uid.name}, is {native.name}")
         uid = native
     return data, Encoding(start, implicit, big_endian, str(uid), meta, notes)
+
+
+def _encoding_of(uid: UID) -> tuple[bool, bool, bool]:
+    """(implicit, big endian, deflated) as a transfer syntax has it."""
+    return uid.is_implicit_VR, not uid.is_little_endian, uid.is_deflated
+
+
+def _meta_faults(
+    data: Buffer, begin: int, end: int, meta: Mapping[int, bytes]
+) -> Iterator[str]:
+    """What is wrong with the file meta group between two offsets (PS3.10 7.1)."""
+    if not meta:
+        yield "had no file meta group"
+        return
+    if not begin:
+        yield "had no preamble"
+    if not _looks_explicit(data, begin):
+        yield "its file meta group was in implicit VR"
+    if meta.get(0x00020000) != struct.pack("<L", end - begin - 12):
+        yield "its file meta group had a wrong length"
+    if not meta.get(0x00020010):
+        yield "had no transfer syntax"
 
 
 def read_file_meta(data: Buffer, at: int) -> tuple[int, dict[int, bytes]]:
@@ -512,17 +537,28 @@ def _guess_encoding(data: Buffer, at: int) -> tuple[bool, bool]:
 
 
 def _inflate(data: Buffer, limit: int) -> bytes:
-    """Inflate a deflated dataset (PS3.5 A.5), never into more than `limit` bytes."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    """Inflate a deflated dataset (PS3.5 A.5) of at most `limit` bytes.
+
+    The bytes are counted before they are kept: a bomb shall not take the memory.
+    """
+    size = 0
+    for piece in _inflated(data):
+        size += len(piece)
+        if size > limit:
+            raise RejectedError(f"inflates to more than {limit >> 20} MB")
+    return b"".join(_inflated(data))
+
+
+def _inflated(data: Buffer) -> Iterator[bytes]:
+    inflater, step = zlib.decompressobj(-zlib.MAX_WBITS), 1 << 20
     try:
-        inflated = inflater.decompress(data, limit)
+        yield inflater.decompress(data, step)
+        while inflater.unconsumed_tail:
+            yield inflater.decompress(inflater.unconsumed_tail, step)
     except zlib.error as error:
         raise RejectedError(f"the deflated dataset is damaged: {error}") from None
-    if inflater.unconsumed_tail:
-        raise RejectedError(f"inflates to more than {limit >> 20} MB (--max-image-mb)")
     if not inflater.eof:
         raise RejectedError("is truncated: the deflated dataset does not end")
-    return inflated
 
 
 # Decoding: PS3.5 8.2 and A.4. imagecodecs decodes every syntax and releases the GIL; it
@@ -559,7 +595,7 @@ class PixelLayout:
                 rows=int(get("Rows") or 0),
                 columns=int(get("Columns") or 0),
                 samples=int(get("SamplesPerPixel") or 1),
-                frames=int(get("NumberOfFrames") or 1),
+                frames=int(get("NumberOfFrames") or 1) or 1,
                 bits_allocated=allocated,
                 bits_stored=int(get("BitsStored") or allocated),
                 signed=get("PixelRepresentation") == 1,
@@ -577,8 +613,8 @@ class PixelLayout:
 
     @property
     def frame_bits(self) -> int:
-        """Size of one decoded frame; 4:2:2 has two samples per pixel (C.7.6.3.1.2)."""
-        samples = 2 if self.photometric == "YBR_FULL_422" else self.samples
+        """Size of one frame; native 4:2:2 has two samples a pixel (C.7.6.3.1.2)."""
+        samples = 2 if self.photometric.endswith("_422") else self.samples
         return self.rows * self.columns * samples * self.bits_allocated
 
     @property
@@ -589,15 +625,17 @@ class PixelLayout:
     def decoded(self, facts: "StreamFacts") -> Self:
         """The layout of the decoded pixels, by what their codestream says."""
         changes: dict[str, Any] = {}
-        if facts.codec in ("JPEG-LS", "JPEG 2000", "HTJ2K"):
+        # The other codecs know nothing of unused bits: a stream of 16 bits is a cell.
+        if facts.codec in ("JPEG 2000", "HTJ2K"):
             changes["bits_stored"] = max(self.bits_stored, facts.precision)
         if facts.precision > self.bits_allocated or self.bits_allocated % 8:
-            changes["bits_allocated"] = max(
-                8, 8 << (facts.precision - 1).bit_length() - 3
-            )
+            doublings = max(0, (facts.precision - 1).bit_length() - 3)
+            changes["bits_allocated"] = 8 << doublings
             changes["bits_stored"] = facts.precision
-        if facts.becomes_rgb:
+        if facts.comes_out_rgb:
             changes["photometric"] = "RGB"
+        elif self.photometric.endswith("_422"):
+            changes["photometric"] = self.photometric.removesuffix("_422")
         return replace(self, **changes)
 
 
@@ -610,7 +648,10 @@ class StreamFacts:
     columns: int
     samples: int
     precision: int
-    becomes_rgb: bool = False
+    comes_out_rgb: bool = False
+    """The decoded pixels are RGB, whatever the header says."""
+    is_ycbcr: bool = False
+    """The decoder must be told to convert to RGB."""
 
 
 def compressed_frames(value: memoryview, frames: int) -> list[list[memoryview]]:
@@ -626,12 +667,21 @@ def compressed_frames(value: memoryview, frames: int) -> list[list[memoryview]]:
         return [[data for _, data in fragments]]
     if len(fragments) == frames:
         return [[data] for _, data in fragments]
-    starts = set(struct.unpack(f"<{len(table[1]) // 4}L", table[1]))
-    if len(starts) != frames:
-        opening = (b"\xff\xd8\xff", b"\xff\x4f\xff")
-        starts = {at for at, data in fragments if bytes(data[:3]) in opening}
-    if len(starts) != frames:
-        raise RejectedError(f"has {len(fragments)} fragments for {frames} frames")
+    whole = table[1][: len(table[1]) // 4 * 4]
+    opening = (b"\xff\xd8\xff", b"\xff\x4f\xff")
+    by_table = {at for (at,) in struct.iter_unpack("<L", whole)}
+    by_marker = {at for at, data in fragments if bytes(data[:3]) in opening}
+    for starts in (by_table, by_marker):  # the table may be missing or wrong
+        grouped = _grouped(fragments, starts)
+        if len(grouped) == frames:
+            return grouped
+    raise RejectedError(f"has {len(fragments)} fragments for {frames} frames")
+
+
+def _grouped(
+    fragments: Iterable[tuple[int, memoryview]], starts: Container[int]
+) -> list[list[memoryview]]:
+    """The fragments of each frame; `starts` has the offsets of the first ones."""
     grouped: list[list[memoryview]] = []
     for at, data in fragments:
         if at in starts:
@@ -722,7 +772,7 @@ def _container(
 def _decode_jpeg(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
     if layout.samples == 1:
         return np.asarray(imagecodecs.jpeg8_decode(stream))
-    space = "YCBCR" if facts.becomes_rgb else "RGB"
+    space = "YCBCR" if facts.is_ycbcr else "RGB"
     return np.asarray(
         imagecodecs.jpeg8_decode(stream, colorspace=space, outcolorspace="RGB")
     )
@@ -765,7 +815,7 @@ def stream_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
 
 def _check_end(stream: Buffer) -> None:
     """JPEG, JPEG-LS and JPEG 2000 streams end with FFD9; some writers pad them."""
-    if b"\xff\xd9" not in bytes(stream[-256:]):
+    if not any(b"\xff\xd9" in bytes(part) for part in (stream[-256:], stream[256:])):
         raise RejectedError("is truncated: the codestream has no end marker")
 
 
@@ -787,9 +837,14 @@ def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
     ids = bytes(stream[at + 10 : at + 10 + 3 * samples : 3])
     lossless = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}
     codec = lossless.get(marker, "JPEG")
-    in_ybr = "YBR" in layout.photometric or jfif
-    rgb = codec == "JPEG" and samples == 3 and in_ybr and ids not in (b"RGB", b"rgb")
-    return StreamFacts(codec, rows, columns, samples, precision, rgb)
+    says_ybr = "YBR" in layout.photometric or jfif
+    rgb = codec == "JPEG" and samples == 3 and says_ybr
+    is_ycbcr = rgb and ids not in (b"RGB", b"rgb")
+    # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
+    share = 64 if codec == "JPEG" else 1
+    if codec != "JPEG-LS" and 8 * len(stream) < rows * columns // share:
+        raise RejectedError("is truncated: so short a codestream has no such image")
+    return StreamFacts(codec, rows, columns, samples, precision, rgb, is_ycbcr)
 
 
 _FRAME_MARKERS = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
@@ -810,7 +865,7 @@ def _j2k_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
         columns=right - left,
         samples=samples,
         precision=(depth & 0x7F) + 1,
-        becomes_rgb=layout.photometric in ("YBR_RCT", "YBR_ICT"),
+        comes_out_rgb=layout.photometric in ("YBR_RCT", "YBR_ICT"),
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import dicom_samples as samples
 import fuzz_fase1
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -30,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence as DicomSequence
 
@@ -320,7 +322,7 @@ def test_an_icon_that_cant_be_decoded_is_left_out_with_a_note(tmp_path: Path) ->
 
 def test_bits_stored_follows_the_codestream_where_they_are_used(tmp_path: Path) -> None:
     pixels = exposure(bits=14)
-    source = write(tmp_path / "x", pixels, uid.JPEGLSLossless, 14, BitsStored=12)
+    source = write(tmp_path / "x", pixels, uid.JPEG2000Lossless, 14, BitsStored=12)
     convert(source, tmp_path)
     assert read(tmp_path / "out.dcm").BitsStored == 16
     assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
@@ -407,6 +409,220 @@ def test_no_decoder_guesses_at_what_imagecodecs_refuses(
         "can't be decoded: ValueError: not for me"
     )
     assert not (tmp_path / "out.dcm").exists()
+
+
+def saved(dataset: Dataset, folder: Path) -> Path:
+    dataset.save_as(folder / "x", enforce_file_format=True)
+    return folder / "x"
+
+
+@pytest.mark.parametrize("name", ["JPEG-LS", "JPEG Lossless SV1", "RLE"])
+def test_signed_pixels_in_cells_with_unused_bits_stay_signed(
+    tmp_path: Path, name: str
+) -> None:
+    pixels = (exposure(bits=12).astype(int) - 2048).astype(np.int16)
+    cells = (pixels & 0x0FFF).view(np.uint16)
+    source = write(tmp_path / "x", cells, SYNTAXES[name], 16, BitsStored=12, HighBit=11)
+    dataset = read(source)
+    dataset.PixelRepresentation = 1
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    assert read(tmp_path / "out.dcm").BitsStored == 12
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
+
+
+@pytest.mark.parametrize("offset", ["without the item headers", "into nothing", "torn"])
+def test_a_wrong_offset_table_costs_nothing(tmp_path: Path, offset: str) -> None:
+    frames = [exposure(seed=seed) for seed in range(2)]
+    streams = [samples.encode_frame(one, uid.JPEGLSLossless, 12) for one in frames]
+    streams = [one + bytes(len(one) % 2) for one in streams]
+    parts = [part for one in streams for part in (one[:200], one[200:])]
+    second = sum(map(len, parts[:2])) + 16
+    wrong = {"without the item headers": second - 16, "into nothing": 10**6, "torn": 0}
+    table = struct.pack("<LL", 0, wrong[offset])[: 6 if offset == "torn" else 8]
+    dataset = make(frames, uid.JPEGLSLossless)
+    items = [struct.pack("<HHL", 0xFFFE, 0xE000, len(one)) + one for one in parts]
+    dataset.PixelData = (
+        struct.pack("<HHL", 0xFFFE, 0xE000, len(table)) + table + b"".join(items)
+    )
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), frames)
+
+
+@pytest.mark.parametrize("photometric", ["YBR_FULL", "YBR_FULL_422"])
+def test_a_jpeg_whose_components_are_called_rgb_is_rgb(
+    tmp_path: Path, photometric: str
+) -> None:
+    colours = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    dataset = make(colours, uid.JPEGBaseline8Bit, 8)
+    stream = imagecodecs.jpeg8_encode(
+        colours, level=95, colorspace="RGB", outcolorspace="RGB"
+    )
+    dataset.PixelData = encapsulate([bytes(stream)])
+    dataset.PhotometricInterpretation = photometric
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    output = read(tmp_path / "out.dcm")
+    assert output.PhotometricInterpretation == "RGB"
+    assert np.abs(output.pixel_array.astype(int) - colours).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["JPEG-LS", "JPEG Lossless SV1", "JPEG 2000"])
+def test_a_stream_with_all_samples_is_not_taken_for_4_2_2(
+    tmp_path: Path, name: str
+) -> None:
+    pixels = np.stack([exposure(bits=8, seed=seed) for seed in range(3)], axis=-1)
+    dataset = make(pixels, SYNTAXES[name], 8, PhotometricInterpretation="YBR_FULL_422")
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    output = read(tmp_path / "out.dcm")
+    assert output.PhotometricInterpretation == "YBR_FULL"
+    assert output.PixelData == pixels.tobytes()
+
+
+def test_native_4_2_2_has_two_samples_a_pixel(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 10, 3), np.uint8)
+    dataset = make(pixels, bits=8, PhotometricInterpretation="YBR_PARTIAL_422")
+    dataset.PixelData = bytes(range(160))
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    assert read(tmp_path / "out.dcm").PixelData == bytes(range(160))
+
+
+@pytest.mark.parametrize(("kind", "vr"), [(np.uint16, "US"), (np.int16, "SS")])
+def test_us_or_ss_with_several_values_follows_the_sign_of_the_pixels(
+    tmp_path: Path, kind: type[np.integer[Any]], vr: str
+) -> None:
+    dataset = make(exposure().astype(kind), uid.ImplicitVRLittleEndian)
+    dataset.add_new(0x00281101, vr, [256, 0, 16])
+    convert(saved(dataset, tmp_path), tmp_path)
+    assert read(tmp_path / "out.dcm")[0x00281101].VR == vr
+
+
+def test_a_mask_of_one_bit_in_jpeg_2000_is_decoded(tmp_path: Path) -> None:
+    mask = (exposure(bits=8) > 128).astype(np.uint8)
+    dataset = make(mask, uid.JPEG2000Lossless, 1, BitsAllocated=1)
+    stream = imagecodecs.jpeg2k_encode(
+        mask, codecformat="J2K", reversible=True, level=0, bitspersample=1
+    )
+    dataset.PixelData = encapsulate([bytes(stream)])
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), mask)
+
+
+@pytest.mark.parametrize("name", ["JPEG Lossless SV1", "JPEG-LS", "JPEG 2000"])
+def test_padding_after_the_codestream_is_harmless(tmp_path: Path, name: str) -> None:
+    dataset = make(exposure(), SYNTAXES[name])
+    stream = samples.encode_frame(exposure(), SYNTAXES[name], 12)
+    dataset.PixelData = encapsulate([stream + bytes(4000)])
+    assert not convert(saved(dataset, tmp_path), tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), exposure())
+
+
+@pytest.mark.parametrize("name", ["JPEG Lossless SV1", "JPEG Baseline"])
+def test_a_codestream_too_short_for_its_image_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    syntax = (SYNTAXES | LOSSY)[name]
+    stream = bytearray(samples.encode_frame(exposure(bits=8), syntax, 8))
+    at = stream.index(b"\xff\xc3" if name == "JPEG Lossless SV1" else b"\xff\xc0")
+    stream[at + 5 : at + 9] = struct.pack(">HH", 8000, 8000)
+    dataset = make(exposure(bits=8), syntax, 8, Rows=8000, Columns=8000)
+    dataset.PixelData = encapsulate([bytes(stream)])
+    assert "so short a codestream" in convert(saved(dataset, tmp_path), tmp_path).reason
+
+
+def test_image_attributes_of_an_unknown_vr_are_understood(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), uid.JPEGLSLossless)
+    rows = struct.pack("<HH2sHH", 0x0028, 0x0010, b"US", 2, 32)
+    unknown = struct.pack("<HH2sHLH", 0x0028, 0x0010, b"UN", 0, 2, 32)
+    source.write_bytes(source.read_bytes().replace(rows, unknown))
+    assert not convert(source, tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), exposure())
+
+
+def test_no_number_of_frames_means_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), NumberOfFrames=0)
+    assert not convert(source, tmp_path).reason
+
+
+def test_a_deflated_file_that_looks_like_another_is_inflated(tmp_path: Path) -> None:
+    vrs = {vr.encode() for vr in utils.SHORT_VRS | utils.LONG_VRS}
+    deflated = write(tmp_path / "x", exposure(8, 8), SYNTAXES["deflated"]).read_bytes()
+    (length,) = struct.unpack_from("<L", deflated, 140)
+    head, plain = (
+        deflated[: 144 + length],
+        zlib.decompress(deflated[144 + length :], -15),
+    )
+    rng = np.random.default_rng(0)
+    data = b""
+    while data[4:6] not in vrs:
+        pixels = rng.integers(0, 4096, (8, 8), np.uint16)
+        compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+        data = compressor.compress(plain[:-128] + pixels.tobytes()) + compressor.flush()
+    data = head + data
+    (tmp_path / "x").write_bytes(data)
+    assert not convert(tmp_path / "x", tmp_path).reason
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
+
+
+def without_preamble(data: bytes) -> bytes:
+    return data[132:]
+
+
+def with_another_uid(data: bytes) -> bytes:
+    at = data.index(b"UI", data.index(b"\2\0\3\0"))
+    return data[: at + 4] + b"9" + data[at + 5 :]
+
+
+def with_another_length(data: bytes) -> bytes:
+    return data[:140] + struct.pack("<L", 7) + data[144:]
+
+
+def called_deflated(data: bytes) -> bytes:
+    plain, deflated = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"
+    at = data.index(plain)
+    head = data[: at - 2] + struct.pack("<H", len(deflated)) + deflated
+    (length,) = struct.unpack_from("<L", data, 140)
+    return (
+        head[:140]
+        + struct.pack("<L", length + 2)
+        + head[144:]
+        + data[at + len(plain) :]
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "note"),
+    [
+        (without_preamble, "had no preamble"),
+        (with_another_uid, "its file meta group had another SOPInstanceUID"),
+        (with_another_length, "its file meta group had a wrong length"),
+        (called_deflated, "said Deflated Explicit VR Little Endian, is Explicit VR"),
+    ],
+)
+def test_every_repair_of_the_file_meta_group_is_noted(
+    tmp_path: Path, damage: Callable[[bytes], bytes], note: str
+) -> None:
+    source = write(tmp_path / "x", exposure())
+    source.write_bytes(damage(source.read_bytes()))
+    outcome = convert(source, tmp_path)
+    assert note in outcome.record["notes"]
+    output = pydicom.dcmread(tmp_path / "out.dcm")
+    assert np.array_equal(output.pixel_array, exposure())
+    assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
+
+
+def test_a_whole_file_has_no_notes(tmp_path: Path) -> None:
+    for name in SYNTAXES:
+        source = write(tmp_path / "x", exposure(), SYNTAXES[name])
+        assert convert(source, tmp_path).record["notes"] == ""
+
+
+def test_how_a_big_endian_word_was_read_is_noted_where_programs_differ(
+    tmp_path: Path,
+) -> None:
+    pixels = exposure().astype(np.uint32)
+    source = write(tmp_path / "x", pixels, uid.ExplicitVRBigEndian, 32)
+    outcome = convert(source, tmp_path)
+    assert "swapped in words of 32 bits" in outcome.record["notes"]
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
 def test_a_multi_frame_image_is_written_whole(base: Path) -> None:
