@@ -477,6 +477,12 @@ _ABOVE_ZERO = (
     "gamma",
 )
 _SHARES = ("generic_share", "max_error")
+_SECONDS = (
+    *("item_timeout_s", "connect_timeout", "read_timeout", "load_timeout"),
+    *("wait", "retry_pause"),
+)
+_MAX_SECONDS = 1e6
+"""Eleven days; the clocks of the operating system end somewhere beyond."""
 
 
 def _first_problem(values: dict[str, Any]) -> str | None:
@@ -487,6 +493,8 @@ def _first_problem(values: dict[str, Any]) -> str | None:
             return f"{flag} must be at least {_AT_LEAST[name]}, not {value}"
         if name in _ABOVE_ZERO and not value > 0:
             return f"{flag} must be greater than 0, not {value}"
+        if name in _SECONDS and not value <= _MAX_SECONDS:
+            return f"{flag} must be at most {_MAX_SECONDS:.0f} s, not {value}"
         if name in _SHARES and not 0 <= value <= 1:
             return f"{flag} must be between 0 and 1, not {value}"
     return None

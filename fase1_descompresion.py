@@ -32,13 +32,23 @@ import signal
 import sqlite3
 import struct
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -536,7 +546,8 @@ def parse_offset(text: str) -> timedelta | None:
     if not match:
         return None
     offset = timedelta(hours=int(match[2]), minutes=int(match[3]))
-    return offset if match[1] == "+" else -offset
+    offset = offset if match[1] == "+" else -offset
+    return offset if timedelta(hours=-12) <= offset <= timedelta(hours=14) else None
 
 
 # --- One file: read, decode, write --------------------------------------------------
@@ -736,10 +747,13 @@ class Image:
             changes[0x00280002] = encode_element(0x00280002, "US", value)
         return changes
 
+    def _uid_of_the_meta(self) -> str:
+        return self.encoding.meta.get(0x00020003, b"").decode("latin-1").strip("\0 ")
+
     def outcome(self, temporary: Path) -> Outcome:
         """What the parent process must know, when the output is written."""
         header = self.header
-        uid = clean(header.get("SOPInstanceUID") or "")
+        uid = clean(header.get("SOPInstanceUID") or self._uid_of_the_meta())
         identity = uid or f"sha256:{content_digest(temporary)}"
         timestamp, time_source = moment_of(header.get)
         mas, micro = header.number("Exposure"), header.number("ExposureInuAs")
@@ -925,6 +939,8 @@ class Crew:
         process = self._context.Process(
             target=_serve, args=(self._do, self._timeout_s, there), daemon=True
         )
+        # Started by the first process, it would let interrupts through to its children.
+        resource_tracker.ensure_running()
         with _no_interrupts():
             process.start()
         there.close()
@@ -963,6 +979,7 @@ def _serve(
 ) -> None:
     """What a worker process runs. Its decoders may shout: nobody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(os.devnull, "w") as silence:  # noqa: PTH123
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
@@ -981,6 +998,14 @@ def _serve(
             faulthandler.cancel_dump_traceback_later()
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, whatever its decoder is doing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)
+
+
 # --- What was done before -----------------------------------------------------------
 
 SCHEMA = """
@@ -991,13 +1016,20 @@ CREATE TABLE IF NOT EXISTS outputs (
     name TEXT PRIMARY KEY, identity TEXT, source BLOB,
     moment TEXT, number INT, record TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS labelled (path BLOB, name TEXT, identity TEXT);
+CREATE TABLE IF NOT EXISTS renamed (path BLOB PRIMARY KEY, output TEXT) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS outputs_identity ON outputs (identity);
 CREATE INDEX IF NOT EXISTS sources_output ON sources (output);
 CREATE INDEX IF NOT EXISTS labelled_identity ON labelled (identity);
 CREATE INDEX IF NOT EXISTS labelled_name ON labelled (name);
+CREATE INDEX IF NOT EXISTS renamed_output ON renamed (output);
 DELETE FROM labelled
 """
-"""`knobs` of a rejection: while they are the same, so is the reason; may be empty."""
+"""`knobs` of a rejection: while they are the same, so is the reason; may be empty.
+
+`renamed` says which output a labelled file was, where neither name nor UID tell.
+"""
+
+SCHEMA_VERSION = 2
 
 
 class Ledger:
@@ -1018,7 +1050,7 @@ class Ledger:
             self._open()
         except sqlite3.OperationalError:
             raise
-        except sqlite3.DatabaseError:  # damaged: all is found out again
+        except sqlite3.DatabaseError:  # damaged, or another's: all is found out again
             self._database.close()
             (self.folder / STATE).unlink()
             self._open()
@@ -1035,8 +1067,16 @@ class Ledger:
         )
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._database.execute("BEGIN EXCLUSIVE")
+        is_new = not self._one("SELECT count(*) FROM sqlite_master")
+        if not is_new and self._one("PRAGMA user_version") != SCHEMA_VERSION:
+            raise sqlite3.DatabaseError("of another version")
         for statement in SCHEMA.split(";"):
             self._database.execute(statement)
+        self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if self._one("PRAGMA quick_check(1)") != "ok" or self._one(
+            "SELECT count(*) FROM outputs WHERE NOT json_valid(record)"
+        ):
+            raise sqlite3.DatabaseError("damaged")
         self._run = self._one("SELECT 1 + coalesce(max(run), 0) FROM sources")
         self._saved = time.monotonic()
 
@@ -1055,15 +1095,29 @@ class Ledger:
 
     # What is there
 
+    def sweep(self) -> None:
+        """Remove what a killed run left unfinished."""
+        for path in self.folder.glob(TEMPORARY):
+            path.unlink(missing_ok=True)
+
     def read_labelled(self) -> None:
         """Learn which images stand in the class folders."""
-        for path in utils.find_files(self.labelled_dir):
+        for path in utils.find_files(self.labelled_dir, self._not_labelled):
+            try:
+                identity = identity_of(path)
+            except FileNotFoundError:  # somebody is labelling
+                continue
+            except OSError as error:
+                self._not_labelled(path, f"can't be read: {error.strerror}")
             name = os.fsencode(path.name).decode("latin-1")
-            with suppress(OSError):
-                self._do(
-                    "INSERT INTO labelled VALUES (?, ?, ?)",
-                    *(os.fsencode(path), name, identity_of(path)),
-                )
+            values = os.fsencode(path), name, identity
+            self._do("INSERT INTO labelled VALUES (?, ?, ?)", *values)
+
+    def _not_labelled(self, path: Path, reason: str) -> None:
+        """Images that are there unseen would be written a second time."""
+        if not os.path.islink(path):  # noqa: PTH114 - has no error of its own
+            raise PipelineError(f"{path}: {reason}: phase 1 must see what is labelled")
+        log.warning("warning: %s: %s; it doesn't count as labelled", path, reason)
 
     def is_done(self, source: Path, facts: tuple[int, int]) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
@@ -1079,14 +1133,19 @@ class Ledger:
         return True
 
     def _is_there(self, output: str) -> bool:
-        """In f1_descomprimidos, or labelled: under its name, or alone with its UID."""
+        """In f1_descomprimidos, or labelled: by name, as the only one with its UID,
+        or renamed after its content had been compared.
+        """
         if os.path.exists(f"{self.folder}/{output}"):  # noqa: PTH110 - 5 times as fast
             return True
         return bool(
             self._one(
                 "SELECT 1 FROM labelled WHERE name = ?1 OR identity = ("
                 " SELECT max(identity) FROM outputs WHERE identity = ("
-                "  SELECT identity FROM outputs WHERE name = ?1) HAVING count(*) = 1)",
+                "  SELECT identity FROM outputs WHERE name = ?1) HAVING count(*) = 1)"
+                " UNION SELECT 1 FROM labelled JOIN renamed USING (path)"
+                "  WHERE output = ?1 AND identity = ("
+                "   SELECT identity FROM outputs WHERE name = ?1)",
                 output,
             )
         )
@@ -1140,7 +1199,7 @@ class Ledger:
             f"INSERT OR {'REPLACE' if kind == 'written' else 'IGNORE'} INTO outputs"
             " VALUES (?, ?, ?, ?, ?, ?)",
             *(name, outcome.identity, self._key(task.source)),
-            *(outcome.record["timestamp"], min(outcome.number, 2**62)),
+            *(outcome.record["timestamp"], max(-(2**62), min(outcome.number, 2**62))),
             json.dumps(dict(outcome.record)),
         )
         self._record(task.source, task.facts, name, "", "")
@@ -1148,24 +1207,25 @@ class Ledger:
     def _place(self, task: Task, outcome: Outcome) -> tuple[str, str]:
         """Name of the image, and whether it is written, labelled or a duplicate.
 
-        Files of one SOPInstanceUID are one image only if their content is the same.
+        Files of one SOPInstanceUID are one image only if their content is the same. Of
+        a labelled file the pixels will do: a person may have edited its header.
         """
-        known = [
-            name
-            for (name,) in self._do(
-                "SELECT name FROM outputs WHERE identity = ? ORDER BY name",
-                outcome.identity,
-            )
-        ]
-        taken = set()
-        for path, name in self._do(
+        labelled = self._do(
             "SELECT path, name FROM labelled WHERE identity = ? ORDER BY path",
             outcome.identity,
-        ):
-            # Without a record, of a run whose state is lost, the UID must do.
-            if not known or same_content(Path(os.fsdecode(path)), task.temporary):
-                return (name if name in known or not known else known[0]), "labelled"
-            taken.add(name)
+        ).fetchall()
+        for path, name in labelled:
+            if same_content(Path(os.fsdecode(path)), task.temporary):
+                return self._labelled_as(path, name, task, outcome), "labelled"
+        name, kind = self._named(task, outcome, {name for _, name in labelled})
+        for path, given in labelled if kind == "written" else ():
+            if same_pixels(Path(os.fsdecode(path)), task.temporary):
+                return self._labelled_as(path, given, task, outcome), "labelled"
+        return name, kind
+
+    def _named(
+        self, task: Task, outcome: Outcome, taken: Container[str]
+    ) -> tuple[str, str]:
         others = (f"{outcome.name[:-4]}_{count}.dcm" for count in itertools.count(2))
         for name in itertools.chain([outcome.name], others):
             path = self.folder / name
@@ -1174,6 +1234,25 @@ class Ledger:
             if not path.exists() and name not in taken:
                 return name, "written"
         raise AssertionError("unreachable: names never end")
+
+    def _labelled_as(self, path: bytes, name: str, task: Task, outcome: Outcome) -> str:
+        """The output that was moved to `path`, and perhaps renamed; remembered."""
+        known = {
+            output: (self.folder / output).exists()
+            for (output,) in self._do(
+                "SELECT name FROM outputs WHERE identity = ? ORDER BY name",
+                outcome.identity,
+            )
+        }
+        source = self._key(task.source)
+        former = self._one("SELECT output FROM renamed WHERE path = ?", path)
+        own = self._one("SELECT output FROM sources WHERE path = ?", source)
+        moved = [output for output, is_there in known.items() if not is_there]
+        candidates = [name, former, own, *moved]
+        output = next((one for one in candidates if one in known), name)
+        if output != name:
+            self._do("REPLACE INTO renamed VALUES (?, ?)", path, output)
+        return output
 
     # The lists
 
@@ -1283,6 +1362,26 @@ def same_content(path: Path, other: Path) -> bool:
     return content_digest(path) == content_digest(other)
 
 
+def same_pixels(path: Path, other: Path) -> bool:
+    """Whether two files hold the same pixel data, whatever their headers say."""
+    digests = [pixel_digest(one) for one in (path, other)]
+    return digests[0] == digests[1] != ""
+
+
+def pixel_digest(path: Path) -> str:
+    """SHA-256 of the value of the pixel data; empty where there is none."""
+    try:
+        data, encoding = utils.open_dicom(path, config.Config.max_image_mb)
+        elements, _ = read_image(data, encoding)
+    except RejectedError:
+        return ""
+    pixels = [element for element in elements if element.tag == PIXEL_DATA]
+    return "".join(
+        hashlib.sha256(memoryview(data)[one.value : one.end]).hexdigest()
+        for one in pixels
+    )
+
+
 def shown_path(path: bytes) -> str:
     """A relative path for a spreadsheet: printable, and never a formula."""
     text = path.decode("utf-8", "backslashreplace")
@@ -1300,6 +1399,7 @@ def run(cfg: Config) -> int:
     make_folders(cfg)
     try:
         with Ledger(cfg) as ledger:
+            ledger.sweep()
             ledger.read_labelled()
             crew = Crew(convert, cfg.jobs or os.cpu_count() or 1, cfg.item_timeout_s)
             tasks = new_tasks(ledger, cfg.max_image_mb)
@@ -1322,16 +1422,15 @@ def check_folders(source_dir: Path, folder: Path) -> None:
     """Refuse a missing input, and an output that would become input."""
     if not source_dir.is_dir():
         raise PipelineError(f"{source_dir} is missing: put the DICOM files into it")
-    if folder.resolve().is_relative_to(source_dir.resolve()):
+    real = os.path.realpath(folder)  # Path.resolve gives up on a loop of links
+    if Path(real).is_relative_to(os.path.realpath(source_dir)):
         raise PipelineError(f"{folder} lies in {source_dir}: choose another folder")
 
 
 def make_folders(cfg: Config) -> None:
-    """Create what is missing and sweep up what a killed run left unfinished."""
+    """Create what is missing."""
     folder, labelled = cfg.folder("decompressed_dir"), cfg.folder("labelled_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(TEMPORARY):
-        path.unlink(missing_ok=True)
     if not labelled.exists():
         for name in config.CLASS_NAMES:
             (labelled / name).mkdir(parents=True)
@@ -1357,7 +1456,7 @@ def facts_of(path: Path) -> tuple[int, int]:
         facts = path.stat()
     except OSError:
         return -1, -1
-    return facts.st_size, facts.st_mtime_ns
+    return facts.st_size, min(facts.st_mtime_ns, 2**63 - 1)
 
 
 def report(ledger: Ledger) -> None:
@@ -1374,10 +1473,9 @@ def report(ledger: Ledger) -> None:
     for key, text in lines.items():
         if counts[key]:
             print(f"  {counts[key]:6d} {text}")
-    for line in itertools.islice(ledger.rejected(), MAX_WARNINGS):
-        log.warning("left out: %s: %s", line["source"], line["reason"])
-    for warning in itertools.islice(ledger.warnings(), MAX_WARNINGS):
-        log.warning("warning: %s", warning)
+    rejected = (f"{line['source']}: {line['reason']}" for line in ledger.rejected())
+    warn_of("left out", rejected)
+    warn_of("warning", ledger.warnings())
     kinds = ledger.modalities().items()
     shown = ", ".join(f"{count} {name or '?'}" for name, count in kinds)
     print(f"In order of exposure: {file_list} ({shown or 'none'})")
@@ -1385,6 +1483,15 @@ def report(ledger: Ledger) -> None:
         f"Next: move the files into {ledger.labelled_dir}/<CLASS>/ and run"
         " python fase2_generar_vectores_vlm.py"
     )
+
+
+def warn_of(what: str, lines: Iterable[str]) -> None:
+    """Log the first lines, and how many more there are."""
+    rest = iter(lines)
+    for line in itertools.islice(rest, MAX_WARNINGS):
+        log.warning("%s: %s", what, line)
+    if more := sum(1 for _ in rest):
+        log.warning("%s: %d more", what, more)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

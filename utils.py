@@ -87,6 +87,11 @@ _DISK_REMEDIES = {
     errno.EPERM: "give yourself permission to it or choose another folder",
     errno.ENOTDIR: "a file stands where a folder should be; move it away",
     errno.EEXIST: "a file stands where a folder should be; move it away",
+    errno.EISDIR: "a folder stands where a file should be; move it away",
+    errno.ELOOP: "a link that leads to itself; remove it",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or do less at a time",
+    errno.EIO: "the disk fails; look after it before anything else",
 }
 
 
@@ -108,7 +113,8 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
     """
     try:
         code = run()
-        sys.stdout.flush()
+        if sys.stdout:  # None where the caller has closed it
+            sys.stdout.flush()
         return code
     except PipelineError as error:
         complain(f"error: {error}")
@@ -129,7 +135,13 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
 
 
 def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
-    """Let a phase's own log speak on stderr, and keep those of the libraries silent."""
+    """Let a phase's own log speak on stderr, and keep those of the libraries silent.
+
+    What the terminal's encoding lacks, such as a Cyrillic name, is shown escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.captureWarnings(True)
     logger.setLevel(cfg.log_level)
@@ -260,10 +272,18 @@ def find_files(
             path = Path(folder, name)
             if name.startswith("."):
                 continue
-            if path.is_file():
-                yield path
+            if problem := _why_no_file(path):
+                tell(path, problem)
             else:
-                tell(path, "no regular file, or a link that leads nowhere")
+                yield path
+
+
+def _why_no_file(path: Path) -> str:
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    return "" if is_file else "no regular file, or a link that leads nowhere"
 
 
 def read_dicom(path: Path) -> pydicom.Dataset:
@@ -545,7 +565,9 @@ def _inflate(data: Buffer, limit: int) -> bytes:
     for piece in _inflated(data):
         size += len(piece)
         if size > limit:
-            raise RejectedError(f"inflates to more than {limit >> 20} MB")
+            raise RejectedError(
+                f"inflates to more than {limit >> 20} MB (--max-image-mb)"
+            )
     return b"".join(_inflated(data))
 
 

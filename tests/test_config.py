@@ -64,6 +64,8 @@ def test_a_flag_of_another_phase_is_refused(capsys: pytest.CaptureFixture[str]) 
         (3, "--folds", "1"),
         (3, "--group-by", "moon"),
         (1, "--jobs", "-1"),
+        (1, "--item-timeout-s", "inf"),
+        (2, "--wait", "1e10"),
     ],
 )
 def test_a_senseless_value_is_refused_by_name(

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -492,7 +493,8 @@ def test_us_or_ss_with_several_values_follows_the_sign_of_the_pixels(
     dataset = make(exposure().astype(kind), uid.ImplicitVRLittleEndian)
     dataset.add_new(0x00281101, vr, [256, 0, 16])
     convert(saved(dataset, tmp_path), tmp_path)
-    assert read(tmp_path / "out.dcm")[0x00281101].VR == vr
+    found = read(tmp_path / "out.dcm")[0x00281101]
+    assert str(found.VR) == vr
 
 
 def test_a_mask_of_one_bit_in_jpeg_2000_is_decoded(tmp_path: Path) -> None:
@@ -746,6 +748,16 @@ def test_an_offset_of_the_dataset_applies_to_dates_and_times() -> None:
     assert source(**attributes) == "AcquisitionDate/Time, in UTC"
 
 
+@pytest.mark.parametrize("offset", ["+9999", "+1401", "-1201", "0100"])
+def test_an_impossible_offset_moves_nothing(offset: str) -> None:
+    found = moment(
+        AcquisitionDate="20240105",
+        AcquisitionTime="10",
+        TimezoneOffsetFromUTC=offset,
+    )
+    assert found == "20240105T100000.000000"
+
+
 def test_a_moment_beyond_the_calendar_sorts_by_its_date() -> None:
     assert moment(AcquisitionDateTime="99991231235960") == "99991231T000000.000000"
     assert moment(AcquisitionDateTime="00010101+1400") == "00010101T000000.000000"
@@ -860,6 +872,15 @@ def test_different_sources_in_one_folder_are_warned_of(
     )
     main(["--base", str(base), "--jobs", "1"])
     assert "d was ordered by different attributes" in caplog.text
+
+
+def test_more_warnings_than_fit_are_counted(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(fase1.MAX_WARNINGS + 4):
+        put(base, f"bad{number}", b"")
+    main(["--base", str(base), "--jobs", "1"])
+    assert "left out: 4 more" in caplog.text
 
 
 # --- Safe in any folder -------------------------------------------------------------
@@ -1077,6 +1098,103 @@ def test_an_output_inside_the_input_is_refused(
     assert "choose another folder" in caplog.text
 
 
+@pytest.mark.parametrize("number", [10**30, -(10**30)])
+def test_numbers_beyond_any_machine_stop_nothing(base: Path, number: int) -> None:
+    source = write(base / "input_dicom" / "x", exposure(), number=1)
+    old = struct.pack("<HH2sH", 0x0020, 0x0013, b"IS", 2) + b"1 "
+    text = str(number).encode() + b" " * (len(str(number)) % 2)
+    new = struct.pack("<HH2sH", 0x0020, 0x0013, b"IS", len(text)) + text
+    assert old in source.read_bytes()
+    source.write_bytes(source.read_bytes().replace(old, new))
+    with suppress(OSError):  # not every file system knows such a year
+        os.utime(source, (0, 10**11))
+    assert run(base) == 0
+    assert len(manifest(base)) == 1
+
+
+def test_a_path_that_may_not_be_looked_at_is_listed(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(base / "input_dicom" / "x", exposure())
+    put(base, "forbidden", b"")
+    look = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.name == "forbidden":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert run(base) == 1
+    assert rejected(base) == {"forbidden": "can't be read: Permission denied"}
+    assert len(manifest(base)) == 1
+
+
+def test_labelled_files_that_cant_be_read_stop_the_run(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection(base)
+    run(base)
+    label(base, outputs(base)[0])
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(fase1, "identity_of", refuse)
+    assert run(base) == 2
+    assert "must see what is labelled" in caplog.text
+    assert len(outputs(base)) == 5
+
+
+def test_a_class_folder_that_is_a_link_is_warned_of(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection(base)
+    (base / "elsewhere").mkdir()
+    (base / "datos_etiquetados").mkdir()
+    (base / "datos_etiquetados" / "FDT").symlink_to(base / "elsewhere")
+    assert run(base) == 0
+    assert "doesn't count as labelled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("datos_etiquetados", "f1_descomprimidos/manifiesto.csv/x"),
+        *("f1_descomprimidos/rechazados.csv/x", "f1_descomprimidos/.fase1.sqlite/x"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_line(
+    base: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(base / "input_dicom" / "x", exposure())
+    (base / name).parent.mkdir(parents=True, exist_ok=True)
+    (base / name).write_text("")
+    assert run(base) == 2
+    assert len(caplog.text.splitlines()) == 1
+
+
+def test_a_loop_of_links_as_output_is_one_line(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(base / "input_dicom" / "x", exposure())
+    (base / "f1_descomprimidos").symlink_to(base / "f1_descomprimidos")
+    assert run(base) == 2
+    assert len(caplog.text.splitlines()) == 1
+
+
+def test_a_closed_or_narrow_output_harms_nothing(base: Path) -> None:
+    base = base / "\u0414"
+    write(base / "input_dicom" / "x", exposure())
+    command = f'"{sys.executable}" "{SCRIPT}" --base "{base}"'
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    for ending in ("", " >&-"):
+        done = subprocess.run(
+            command + ending, shell=True, env=narrow, capture_output=True, check=False
+        )
+        assert (done.returncode, done.stderr.count(b"Traceback")) == (0, 0)
+
+
 def test_a_file_that_vanishes_is_tried_again_next_time(base: Path) -> None:
     outcome = convert(base / "input_dicom" / "gone", base)
     assert outcome.may_pass
@@ -1174,6 +1292,22 @@ def test_workers_that_died_leave_nothing_open() -> None:
     crew = Crew(misbehave, 1, 30)
     handles = [len(os.listdir("/proc/self/fd")) for _ in crew.do_all(tasks)]  # noqa: PTH208
     assert handles[-1] - handles[0] < 5
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_workers_end_with_their_parent() -> None:
+    code = "import test_fase1 as t; t.employ(t.Crew(t.misbehave, 1, 60), ['hang'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        start_new_session=True,
+    )
+    assert wait_until(lambda: count_of(process.pid) >= 3)
+    time.sleep(1)  # the worker takes up its task
+    process.kill()
+    process.wait()
+    assert wait_until(partial(is_gone, process.pid), 10)
 
 
 def test_a_crash_is_listed_and_tried_again(base: Path) -> None:
@@ -1309,6 +1443,87 @@ def test_a_labelled_file_is_known_without_the_state(
     assert len(outputs(base)) == 5
 
 
+def twins(base: Path) -> tuple[Path, Path]:
+    """Two outputs of one SOPInstanceUID: of A, and the second one of B."""
+    write(base / "input_dicom" / "A", exposure(seed=1))
+    write(base / "input_dicom" / "B", exposure(seed=2))
+    run(base)
+    named = {row["source"]: row["output"] for row in manifest(base)}
+    folder = base / "f1_descomprimidos"
+    return folder / named["A"], folder / named["B"]
+
+
+def images(base: Path) -> set[str]:
+    """Digests of all pixels that are there, labelled or not."""
+    found = [*outputs(base), *(base / "datos_etiquetados").rglob("*.dcm")]
+    return {hashlib.sha256(read(path).PixelData).hexdigest() for path in found}
+
+
+@pytest.mark.parametrize("moved", ["A", "B", "AB"])
+def test_a_renamed_twin_is_told_from_the_other(base: Path, moved: str) -> None:
+    paths = dict(zip("AB", twins(base), strict=True))
+    names = {name: path.name for name, path in paths.items()}
+    for name in moved:
+        label(base, paths[name], f"renamed {name}.dcm")
+    for _ in range(3):
+        assert run(base) == 0
+        assert {row["source"]: row["output"] for row in manifest(base)} == names
+        assert all(fase1.SHARED_UID in row["notes"] for row in manifest(base))
+        assert len(outputs(base)) == 2 - len(moved)
+
+
+def test_a_twin_that_was_lost_is_written_again(base: Path) -> None:
+    first, second = twins(base)
+    before = images(base)
+    label(base, second, "renamed.dcm")
+    run(base)
+    first.unlink()
+    run(base)
+    assert images(base) == before
+    assert len(outputs(base)) == 1
+
+
+@pytest.mark.parametrize("lost", ["state", "folder"])
+def test_a_twin_is_not_lost_with_the_state(base: Path, lost: str) -> None:
+    _, second = twins(base)
+    before = images(base)
+    label(base, second, "renamed.dcm")
+    run(base)
+    folder = base / "f1_descomprimidos"
+    (folder / fase1.STATE).unlink() if lost == "state" else shutil.rmtree(folder)
+    for _ in range(2):
+        assert run(base) == 0
+        assert images(base) == before
+        assert len(outputs(base)) == 1
+
+
+def test_a_labelled_file_with_another_header_is_known_without_the_state(
+    base: Path,
+) -> None:
+    collection(base)
+    run(base)
+    edited = read(outputs(base)[2])
+    edited.PatientID = "of a person's own"
+    edited.save_as(outputs(base)[2])
+    label(base, outputs(base)[2], "renamed.dcm")
+    (base / "f1_descomprimidos" / fase1.STATE).unlink()
+    for _ in range(2):
+        assert run(base) == 0
+        assert len(outputs(base)) == 5
+
+
+def test_a_uid_that_only_the_file_meta_group_has_identifies_as_well(
+    base: Path,
+) -> None:
+    write(base / "input_dicom" / "x", exposure(), SOPInstanceUID=None)
+    source = base / "input_dicom" / "x"
+    assert b"\x08\0\x18\0" not in source.read_bytes()
+    run(base)
+    label(base, outputs(base)[0], "renamed.dcm")
+    assert run(base) == 0
+    assert outputs(base) == []
+
+
 def test_a_lost_output_is_written_again(base: Path) -> None:
     collection(base)
     run(base)
@@ -1343,15 +1558,48 @@ def test_a_damaged_state_is_made_anew(base: Path) -> None:
     assert {path.name for path in outputs(base)} == before
 
 
+def garbled_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[2 * 4096 : 3 * 4096] = b"x" * 4096
+    path.write_bytes(data)
+
+
+def garbled_record(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE outputs SET record = '{'")
+
+
+def another_schema(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE sources (a, b)")
+
+
+@pytest.mark.parametrize("damage", [garbled_page, garbled_record, another_schema])
+def test_a_state_that_cant_be_used_is_made_anew(
+    base: Path, damage: Callable[[Path], None]
+) -> None:
+    collection(base)
+    run(base)
+    before = state(base)
+    damage(base / "f1_descomprimidos" / fase1.STATE)
+    assert run(base) == 0
+    assert state(base).keys() == before.keys()
+    assert len(manifest(base)) == 6
+
+
 def test_a_second_program_on_the_same_folder_is_refused(
     base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     collection(base)
     run(base)
     cfg, _ = config.parse_config(1, "", ["--base", str(base)])
+    unfinished = base / "f1_descomprimidos" / fase1.TEMPORARY.replace("*", "1-1")
     with fase1.Ledger(cfg):
+        unfinished.write_bytes(b"the first program's")
         assert run(base) == 2
     assert "another phase 1" in caplog.text
+    assert unfinished.exists()
 
 
 def test_class_folders_are_made_once(base: Path) -> None:
@@ -1373,14 +1621,18 @@ def start(base: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def is_gone(session: int) -> bool:
-    """Whether no process of a session is left (Linux)."""
+def count_of(session: int) -> int:
+    """How many processes of a session are left (Linux)."""
+    count = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                return False
-    return True
+            count += int(fields[3]) == session and fields[0] != "Z"
+    return count
+
+
+def is_gone(session: int) -> bool:
+    return count_of(session) == 0
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
