@@ -792,6 +792,33 @@ def _container(
 
 
 def _decode_jpeg(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
+    """Decode, and refuse a stream whose data end before its image.
+
+    libjpeg fills up such an image without a word. Where the last samples look like
+    that, the stream is decoded again with more data before its end marker: a whole one
+    never reads them.
+    """
+    pixels = _decode_any_jpeg(stream, facts, layout)
+    if _looks_filled_up(pixels):
+        data = bytes(stream)
+        end = data.rindex(b"\xff\xd9")
+        longer = data[:end] + b"\x55" * 64 + data[end:]
+        if not np.array_equal(pixels, _decode_any_jpeg(longer, facts, layout)):
+            raise RejectedError("is truncated: the codestream ends before the image")
+    return pixels
+
+
+def _looks_filled_up(pixels: NDArray[Any]) -> bool:
+    """Whether the last samples go on in equal steps, along the row or down to it."""
+    plane = pixels if pixels.ndim == 2 else pixels[..., 0]
+    corner = plane[-2:, -5:].astype(np.int64)
+    steps = np.diff(corner[-1]), corner[-1] - corner[0]
+    return any(np.all(step == step[:1]) for step in steps)
+
+
+def _decode_any_jpeg(
+    stream: Any, facts: StreamFacts, layout: PixelLayout
+) -> NDArray[Any]:
     if layout.samples == 1:
         return np.asarray(imagecodecs.jpeg8_decode(stream))
     space = "YCBCR" if facts.is_ycbcr else "RGB"

@@ -140,6 +140,58 @@ def test_jpeg_2000_decodes_as_with_every_plugin_of_pydicom(
         assert np.array_equal(decode_frame(read_dicom(path)), reference)
 
 
+JPEG = {
+    **{name: SYNTAXES[name] for name in ("JPEG Lossless", "JPEG Lossless SV1")},
+    **{name: LOSSY[name] for name in ("JPEG Baseline", "JPEG Extended")},
+}
+
+
+@pytest.mark.parametrize("name", JPEG)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_jpeg_whose_data_end_before_its_image_is_refused(
+    name: str, share: float, colour: bool
+) -> None:
+    bits = 12 if name == "JPEG Extended" else 8
+    if colour and bits == 12:
+        pytest.skip("no such images")
+    pixels = exposure(64, 80, bits)
+    pixels = np.stack([pixels] * 3, axis=-1) if colour else pixels
+    stream = encode_frame(pixels, JPEG[name], bits)
+    layout = PixelLayout(
+        64, 80, 3 if colour else 1, 1, 8 * pixels.itemsize, bits, False, "RGB"
+    )
+    assert utils.decode_stream(stream, layout).shape == pixels.shape
+    begin = stream.index(b"\xff\xda")
+    cut = stream[: begin + int(share * (len(stream) - begin))] + b"\xff\xd9"
+    with pytest.raises(RejectedError, match="ends before the image"):
+        utils.decode_stream(cut, layout)
+
+
+@given(
+    name=st.sampled_from(list(JPEG)),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    value=st.integers(0, 255),
+    noise=st.integers(0, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_flat_jpeg_is_taken_for_a_cut_one(
+    name: str, rows: int, columns: int, value: int, noise: int
+) -> None:
+    bits = 12 if name == "JPEG Extended" else 8
+    rng = np.random.default_rng(value)
+    pixels = np.full((rows, columns), value, np.uint16 if bits == 12 else np.uint8)
+    pixels[: rows // 2] ^= rng.integers(
+        0, noise, pixels[: rows // 2].shape, endpoint=True
+    ).astype(pixels.dtype)
+    stream = encode_frame(pixels, JPEG[name], bits)
+    layout = PixelLayout(
+        rows, columns, 1, 1, 8 * pixels.itemsize, bits, False, "MONOCHROME2"
+    )
+    assert utils.decode_stream(stream, layout).shape == pixels.shape
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_the_middle_frame_stands_for_a_multi_frame_image(
     tmp_path: Path, name: str
