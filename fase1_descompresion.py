@@ -88,7 +88,7 @@ Alive = Callable[[float], None]
 PENDING = 32
 """Files per worker that may wait for an earlier one that takes long."""
 
-HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "PIL.Image", "httpx", "ollama"]
+HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "PIL.Image"]
 """Loaded once for all worker processes, where the system can fork."""
 
 IMPLEMENTATION_UID = "2.25.302418470214713250418632510948250124117"
@@ -552,6 +552,13 @@ def parse_offset(text: str) -> timedelta | None:
 
 # --- One file: read, decode, write --------------------------------------------------
 
+Facts = tuple[int, int, int]
+"""Size, and times of the last change of content and of the directory entry, in ns.
+
+An archive may give all its files one time and exposures have one size; the last time
+can't be given by anybody.
+"""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -560,8 +567,8 @@ class Task:
     source: Path
     temporary: Path
     limit_mb: int
-    facts: tuple[int, int] = (-1, -1)
-    """Size and time of change before it is read: a later change is seen next time."""
+    facts: "Facts" = (-1, -1, -1)
+    """Before it is read: a later change is seen next time."""
 
 
 @dataclass(frozen=True)
@@ -1010,7 +1017,7 @@ def _end_with_parent() -> None:
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sources (
-    path BLOB PRIMARY KEY, size INT, mtime INT, run INT,
+    path BLOB PRIMARY KEY, size INT, mtime INT, ctime INT, run INT,
     output TEXT, reason TEXT, knobs TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outputs (
     name TEXT PRIMARY KEY, identity TEXT, source BLOB,
@@ -1029,7 +1036,7 @@ DELETE FROM labelled
 `renamed` says which output a labelled file was, where neither name nor UID tell.
 """
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Ledger:
@@ -1119,11 +1126,11 @@ class Ledger:
             raise PipelineError(f"{path}: {reason}: phase 1 must see what is labelled")
         log.warning("warning: %s: %s; it doesn't count as labelled", path, reason)
 
-    def is_done(self, source: Path, facts: tuple[int, int]) -> bool:
+    def is_done(self, source: Path, facts: Facts) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
         row = self._do(
             "UPDATE sources SET run = ? WHERE path = ? AND size = ? AND mtime = ?"
-            " AND (reason = '' OR knobs = ?) RETURNING output, reason",
+            " AND ctime = ? AND (reason = '' OR knobs = ?) RETURNING output, reason",
             *(self._run, self._key(source), *facts, self._knobs),
         ).fetchone()
         self._save_sometimes()
@@ -1159,7 +1166,7 @@ class Ledger:
         self,
         source: Path,
         reason: str,
-        facts: tuple[int, int] = (-1, -1),
+        facts: Facts = (-1, -1, -1),
         knobs: str = "",
     ) -> None:
         """Record why a file has no output; without `knobs` it is tried again."""
@@ -1167,9 +1174,9 @@ class Ledger:
         self.counts["rejected"] += 1
         self._record(source, facts, "", clean(reason), knobs)
 
-    def _record(self, source: Path, facts: tuple[int, int], *what: str) -> None:
+    def _record(self, source: Path, facts: Facts, *what: str) -> None:
         self._do(
-            "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             *(self._key(source), *facts, self._run, *what),
         )
         self._save_sometimes()
@@ -1450,13 +1457,15 @@ def new_tasks(ledger: Ledger, limit_mb: int) -> Iterator[Task]:
             yield Task(path, ledger.folder / name, limit_mb, facts)
 
 
-def facts_of(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file that may have gone."""
+def facts_of(path: Path) -> Facts:
+    """By what a changed file is known, where it has not gone."""
     try:
         facts = path.stat()
     except OSError:
-        return -1, -1
-    return facts.st_size, min(facts.st_mtime_ns, 2**63 - 1)
+        return -1, -1, -1
+    latest = 2**63 - 1  # the year 2262, and the end of what SQLite can hold
+    times = min(facts.st_mtime_ns, latest), min(facts.st_ctime_ns, latest)
+    return facts.st_size, *times
 
 
 def report(ledger: Ledger) -> None:

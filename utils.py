@@ -8,6 +8,7 @@ import base64
 import csv
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -32,15 +33,13 @@ from collections.abc import (
 )
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 from urllib.parse import urlsplit
 
-import httpx
 import imagecodecs
 import numpy as np
-import ollama
 import pydicom
 from numpy.typing import NDArray
 from PIL import Image
@@ -57,6 +56,25 @@ from pydicom.uid import (
 )
 
 import config
+
+
+def _imported_later(name: str) -> Any:
+    """A module that is loaded at its first use: phases 1 and 3 ask no server."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if TYPE_CHECKING:
+    import httpx
+    import ollama
+else:
+    httpx, ollama = _imported_later("httpx"), _imported_later("ollama")
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -1237,7 +1255,7 @@ class VlmServer:
         self._tell(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
         try:
             return await self._tried_models(version)
-        except _FAILURES as error:
+        except _failures() as error:
             raise self._failed_test(version, error) from None
 
     async def check_models(self) -> str:
@@ -1248,7 +1266,7 @@ class VlmServer:
                 if not _find(await self._digests(), model):
                     await self._pull_or_explain(model)
             await self._check_vision()
-        except _FAILURES as error:
+        except _failures() as error:
             raise self._failed_test(version, error) from None
         return version
 
@@ -1393,7 +1411,7 @@ class VlmServer:
             return await request()
         except TimeoutError:
             raise
-        except _FAILURES as error:
+        except _failures() as error:
             if not _may_pass(error):
                 raise
         await asyncio.sleep(self._cfg.retry_pause)
@@ -1528,7 +1546,7 @@ class VlmServer:
         """Wait before the next try: longer each time, or until the server is back."""
         jitter = 0.5 + random.random()
         await asyncio.sleep(min(30.0, self._cfg.retry_pause * 2**attempt) * jitter)
-        if isinstance(reason, _SERVER_AWAY):
+        if isinstance(reason, _server_away()):
             async with self._recovery:
                 await self._wait_for_server()
 
@@ -1542,7 +1560,7 @@ class VlmServer:
                 if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
                     await self._load_vlm()
                 return
-            except _FAILURES as error:
+            except _failures() as error:
                 if not _may_pass(error):
                     raise self._given_up(error) from None
                 if not told:
@@ -1637,10 +1655,16 @@ def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
     return cut[0] if cut and len(answers) > 1 else None
 
 
-_SERVER_AWAY = (ConnectionError, httpx.TransportError, TimeoutError)
-# ValueError: the body was no JSON, or not what was asked for. AttributeError: what the
-# client makes of an error whose JSON is a list.
-_FAILURES = (ollama.ResponseError, *_SERVER_AWAY, ValueError, AttributeError)
+@cache
+def _server_away() -> tuple[type[Exception], ...]:
+    return ConnectionError, httpx.TransportError, TimeoutError
+
+
+@cache
+def _failures() -> tuple[type[Exception], ...]:
+    # ValueError: the body was no JSON, or not what was asked for. AttributeError: what
+    # the client makes of an error whose JSON is a list.
+    return ollama.ResponseError, *_server_away(), ValueError, AttributeError
 
 
 def _may_pass(error: Exception) -> bool:
@@ -1650,7 +1674,7 @@ def _may_pass(error: Exception) -> bool:
             # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
             return "EOF" in str(error)
         return error.status_code not in (401, 403, 404, 413)
-    if isinstance(error, _FAILURES):
+    if isinstance(error, _failures()):
         return True
     raise error
 

@@ -1541,6 +1541,14 @@ def test_a_source_replaced_by_another_image_adds_it(base: Path) -> None:
     assert len(outputs(base)) == len(manifest(base)) == 2
 
 
+def test_another_image_of_the_same_size_and_time_is_seen(base: Path) -> None:
+    for seed in (1, 2):
+        write(base / "input_dicom" / "x", exposure(seed=seed), number=seed)
+        os.utime(base / "input_dicom" / "x", (0, 0))
+        run(base)
+    assert len(outputs(base)) == 2
+
+
 def test_outputs_outlive_their_sources(base: Path) -> None:
     collection(base)
     run(base)

@@ -157,6 +157,7 @@ def peak_memory(command: Callable[[], None]) -> float:
     finally:
         done.set()
         watcher.join()
+    _reap_orphans()  # else their time would be counted with what comes next
     return peak
 
 
