@@ -1116,6 +1116,7 @@ class Ledger:
                 continue
             except OSError as error:
                 self._not_labelled(path, f"can't be read: {error.strerror}")
+                continue
             name = os.fsencode(path.name).decode("latin-1")
             values = os.fsencode(path), name, identity
             self._do("INSERT INTO labelled VALUES (?, ?, ?)", *values)

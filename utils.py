@@ -60,9 +60,11 @@ import config
 
 def _imported_later(name: str) -> Any:
     """A module that is loaded at its first use: phases 1 and 3 ask no server."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
     spec.loader = importlib.util.LazyLoader(spec.loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -1146,6 +1146,22 @@ def test_labelled_files_that_cant_be_read_stop_the_run(
     assert len(outputs(base)) == 5
 
 
+def test_a_labelled_link_to_what_cant_be_read_is_warned_of(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection(base)
+    (base / "elsewhere.dcm").write_bytes(b"")
+    (base / "datos_etiquetados").mkdir()
+    (base / "datos_etiquetados" / "link.dcm").symlink_to(base / "elsewhere.dcm")
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(fase1, "identity_of", refuse)
+    assert run(base) == 0
+    assert "doesn't count as labelled" in caplog.text
+
+
 def test_a_class_folder_that_is_a_link_is_warned_of(
     base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
