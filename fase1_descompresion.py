@@ -567,7 +567,7 @@ class Task:
     source: Path
     temporary: Path
     limit_mb: int
-    facts: "Facts" = (-1, -1, -1)
+    facts: Facts = (-1, -1, -1)
     """Before it is read: a later change is seen next time."""
 
 
@@ -754,13 +754,11 @@ class Image:
             changes[0x00280002] = encode_element(0x00280002, "US", value)
         return changes
 
-    def _uid_of_the_meta(self) -> str:
-        return self.encoding.meta.get(0x00020003, b"").decode("latin-1").strip("\0 ")
-
     def outcome(self, temporary: Path) -> Outcome:
         """What the parent process must know, when the output is written."""
         header = self.header
-        uid = clean(header.get("SOPInstanceUID") or self._uid_of_the_meta())
+        in_meta = utils.meta_uid(self.encoding.meta, 0x00020003)
+        uid = clean(header.get("SOPInstanceUID") or in_meta)
         identity = uid or f"sha256:{content_digest(temporary)}"
         timestamp, time_source = moment_of(header.get)
         mas, micro = header.number("Exposure"), header.number("ExposureInuAs")
@@ -844,7 +842,7 @@ def _meta_differences(header: Header, encoding: Encoding) -> Iterator[str]:
     """Where the file meta group and the dataset don't say the same."""
     for tag, keyword in META_UIDS.items() if encoding.meta else ():
         ours = str(header.get(keyword) or "")
-        theirs = encoding.meta.get(tag, b"").decode("latin-1").strip("\0 ")
+        theirs = utils.meta_uid(encoding.meta, tag)
         if ours and ours != theirs:
             yield f"its file meta group had {'another' if theirs else 'no'} {keyword}"
 
@@ -946,8 +944,6 @@ class Crew:
         process = self._context.Process(
             target=_serve, args=(self._do, self._timeout_s, there), daemon=True
         )
-        # Started by the first process, it would let interrupts through to its children.
-        resource_tracker.ensure_running()
         with _no_interrupts():
             process.start()
         there.close()
@@ -974,6 +970,8 @@ def _no_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    # Started by the first process, it would let interrupts through to its children.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -1227,7 +1225,7 @@ class Ledger:
                 return self._labelled_as(path, name, task, outcome), "labelled"
         name, kind = self._named(task, outcome, {name for _, name in labelled})
         for path, given in labelled if kind == "written" else ():
-            if same_pixels(Path(os.fsdecode(path)), task.temporary):
+            if same_pixels(Path(os.fsdecode(path)), task):
                 return self._labelled_as(path, given, task, outcome), "labelled"
         return name, kind
 
@@ -1361,7 +1359,7 @@ def identity_of(path: Path) -> str:
     if head[128:132] != b"DICM":
         return ""
     _, meta = utils.read_file_meta(head, 132)
-    uid = clean(meta.get(0x00020003, b"").decode("latin-1").strip("\0 "))
+    uid = clean(utils.meta_uid(meta, 0x00020003))
     return uid or f"sha256:{content_digest(path)}"
 
 
@@ -1370,24 +1368,23 @@ def same_content(path: Path, other: Path) -> bool:
     return content_digest(path) == content_digest(other)
 
 
-def same_pixels(path: Path, other: Path) -> bool:
-    """Whether two files hold the same pixel data, whatever their headers say."""
-    digests = [pixel_digest(one) for one in (path, other)]
+def same_pixels(path: Path, task: Task) -> bool:
+    """Whether a file holds the pixels just decoded, whatever their headers say."""
+    digests = [pixel_digest(one, task.limit_mb) for one in (path, task.temporary)]
     return digests[0] == digests[1] != ""
 
 
-def pixel_digest(path: Path) -> str:
+def pixel_digest(path: Path, limit_mb: int) -> str:
     """SHA-256 of the value of the pixel data; empty where there is none."""
     try:
-        data, encoding = utils.open_dicom(path, config.Config.max_image_mb)
+        data, encoding = utils.open_dicom(path, limit_mb)
         elements, _ = read_image(data, encoding)
     except RejectedError:
         return ""
-    pixels = [element for element in elements if element.tag == PIXEL_DATA]
-    return "".join(
-        hashlib.sha256(memoryview(data)[one.value : one.end]).hexdigest()
-        for one in pixels
-    )
+    for one in elements:
+        if one.tag == PIXEL_DATA:
+            return hashlib.sha256(data[one.value : one.end]).hexdigest()
+    return ""
 
 
 def shown_path(path: bytes) -> str:

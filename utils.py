@@ -500,7 +500,7 @@ def _open_dataset(data: Buffer, limit: int) -> tuple[Buffer, Encoding]:
     begin = _dataset_start(data)
     start, meta = read_file_meta(data, begin)
     notes = tuple(_meta_faults(data, begin, start, meta))
-    named = meta.get(0x00020010, b"").decode("latin-1").strip("\0 ")
+    named = meta_uid(meta, 0x00020010)
     inflated = named == DeflatedExplicitVRLittleEndian
     if inflated:
         try:
@@ -559,6 +559,11 @@ def read_file_meta(data: Buffer, at: int) -> tuple[int, dict[int, bytes]]:
         meta[0x00020000 + element] = bytes(data[at : at + length])
         at += length
     return at, meta
+
+
+def meta_uid(meta: Mapping[int, bytes], tag: int) -> str:
+    """A UID of the file meta group without its padding; empty where there is none."""
+    return meta.get(tag, b"").decode("latin-1").strip("\0 ")
 
 
 def _looks_explicit(data: Buffer, at: int) -> bool:
@@ -856,12 +861,16 @@ def _decode_rle(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray
     return np.moveaxis(planes, 0, -1)
 
 
+def _decode_j2k(stream: Any, *_: object) -> NDArray[Any]:
+    return np.asarray(imagecodecs.jpeg2k_decode(stream))
+
+
 _DECODERS: dict[str, Callable[[Any, StreamFacts, PixelLayout], NDArray[Any]]] = {
     "JPEG": _decode_jpeg,
     "JPEG Lossless": _decode_jpeg,
     "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),
-    "JPEG 2000": lambda stream, *_: np.asarray(imagecodecs.jpeg2k_decode(stream)),
-    "HTJ2K": lambda stream, *_: np.asarray(imagecodecs.jpeg2k_decode(stream)),
+    "JPEG 2000": _decode_j2k,
+    "HTJ2K": _decode_j2k,
     "RLE": _decode_rle,
 }
 

@@ -250,13 +250,13 @@ def print_memory(syntax: str, side: int, jobs: int, folder: Path) -> None:
     for pixels in (8, side):
         samples = folder / f"memory{pixels}" / syntax
         write_samples(samples, syntax, 4 * jobs, pixels)
-        for count in {1: None, jobs: None}:
+        for count in sorted({1, jobs}):
             work = folder / "work"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             peaks[pixels, count] = peak_memory(partial(fase1, samples, work, count))
         shutil.rmtree(samples)
-    for count in {1: None, jobs: None}:
+    for count in sorted({1, jobs}):
         base, image = peaks[8, count], 2 * side**2
         images = (peaks[side, count] - base) / image / count
         print(
