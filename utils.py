@@ -1999,11 +1999,9 @@ _PAGE = r"""<!doctype html>
 {% macro picture(key, name) %}
 <img data-key="{{ key }}" alt="{{ name }}" title="{{ name }}" draggable="false"
 {%- if key in pictures %} src="data:image/jpeg;base64,{{ pictures.pop(key) }}"
-{%- endif %}>
-{%- endmacro %}
+{%- endif %}>{% endmacro %}
 {% macro shown(v, top=1) %}
-{{ "%.3g %%"|format(v * 100) if top <= 1 else "%.3g"|format(v) }}
-{%- endmacro %}
+{{ "%.3g %%"|format(v * 100) if top <= 1 else "%.3g"|format(v) }}{% endmacro %}
 {% macro chart(c) %}
 {% macro x(v) %}{{ (50 + 250 * v / c.x_max)|round(1) }}{% endmacro %}
 {% macro y(v) %}{{ (190 - 176 * [v / c.y_max, 1]|min)|round(1) }}{% endmacro %}
@@ -2020,69 +2018,63 @@ _PAGE = r"""<!doctype html>
 <path class="span" d="M{{ x(p[0]) }} {{ y(p[2]) }}V{{ y(p[3]) }}"/>
 <circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="4"><title>{{ shown(p[0], c.x_max)
  }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to {{ shown(p[3]) }})</title></circle>
-{% endfor %}</svg></figure>
-{% endmacro %}
+{% endfor %}</svg></figure>{% endmacro %}
 <html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none';
  img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{ sheet.title }}</title>
+<meta name="viewport" content="width=device-width"><title>{{ sheet.title }}</title>
 <style>
 :root { color-scheme: light dark; --back: #f3f5f8; --card: #fff; --ink: #1a1f26;
   --dim: #58626f; --line: #d3d9e1; --blue: #0b5fd0; --warn: #fff1cc }
 @media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1d232b;
   --ink: #e5e9ee; --dim: #9aa5b2; --line: #36404b; --blue: #72adff; --warn: #3b3010 } }
-* { box-sizing: border-box } html { background: var(--back) }
-[hidden] { display: none !important }
-body { margin: 0 auto; padding: 0 16px 32px; max-width: 1700px; color: var(--ink);
-  font: 14px/1.4 system-ui, sans-serif; overflow-wrap: anywhere }
+* { box-sizing: border-box } [hidden] { display: none !important }
+html { background: var(--back); color: var(--ink); overflow-wrap: anywhere }
+body { margin: auto; padding: 0 16px 32px; max-width: 1700px; font: 14px/1.4 system-ui }
 h1 { font-size: 21px; margin: 14px 0 4px } h2 { font-size: 16px; margin: 12px 0 4px }
 h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
-#sections, main { display: grid; gap: 10px 20px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
-.warning { grid-column: 1 / -1; background: var(--warn); padding: 0 14px 10px }
-figure, .tile, .warning { border-radius: 8px }
+#sections, main { display: grid; gap: 10px;
+  grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)) }
+#sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
+.warning, section:has(svg), main h2 { grid-column: 1 / -1 }
+.warning { background: var(--warn); padding: 0 14px 10px }
 button, select, #find, #name { font: inherit; color: inherit; padding: 4px 9px;
   background: var(--card); border: 1px solid var(--line); border-radius: 6px }
-button { cursor: pointer; border-left: 6px solid var(--c, var(--line)) }
-#save { background: var(--blue); color: var(--back) }
+#classes button { border-left: 6px solid var(--c) } button, .mark { cursor: pointer }
+#save { background: var(--blue); color: var(--back) } .mark { user-select: none }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 1px }
-.row { display: flex; flex-wrap: wrap; gap: 6px; align-items: center }
+.row { display: flex; flex-wrap: wrap; gap: 6px } .tile.on { border-color: var(--blue) }
 #bar { position: sticky; top: 0; z-index: 2; background: var(--back); padding: 8px 0;
-  margin: 10px 0; border-bottom: 1px solid var(--line) }
+  margin: 10px 0; border-bottom: 1px solid var(--line); align-items: center }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 3px 10px; border-bottom: 1px solid var(--line); text-align: right }
-tr > :first-child { text-align: left }
+tr > :first-child { text-align: left } figure, .tile, .warning { border-radius: 8px }
 figure { margin: 0; flex: 0 1 340px; padding: 8px 10px; background: var(--card) }
-svg { width: 100%; font-size: 11px; fill: var(--blue); stroke: none }
+svg { width: 100%; font-size: 11px; fill: var(--blue) } .span { opacity: .5 }
 text { fill: var(--dim); text-anchor: middle; dominant-baseline: middle }
-.left { text-anchor: end } .span { opacity: .5 }
 path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
-.axis { stroke: var(--line); stroke-width: 1 }
-main { grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)); gap: 10px }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
-main h2 { grid-column: 1 / -1; margin: 8px 0 0 }
+.axis { stroke: var(--line); stroke-width: 1 } .left { text-anchor: end }
 .tile { background: var(--card); border: 2px solid transparent; padding: 7px;
-  border-left: 6px solid var(--c, transparent); position: relative; font-size: 13px;
-  height: 100%; content-visibility: auto; contain-intrinsic-size: auto 290px }
-.tile.on { border-color: var(--blue) } .mark { cursor: pointer; user-select: none }
+  border-left: 6px solid var(--c, transparent); position: relative; font-size: 13px }
+.many .tile { content-visibility: auto; contain-intrinsic-size: auto 290px }
 .tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0 }
 .tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
-.tile > img { width: 100%; height: 160px; margin-bottom: 4px }
+.tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
 .tile h3 { font: 11px/1.3 ui-monospace, monospace; color: var(--dim) }
 .wide .tile > img { width: 160px; float: left; margin-right: 10px }
-.rest { clear: left; user-select: text; padding-top: 4px; align-items: start }
-.rest small { width: 84px } .rest img { width: 84px; height: 84px }
+.rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
+.rest small, .rest img { width: 84px; color: var(--dim) }
 .chip { font-weight: 650; border: 1px solid var(--line); padding: 0 7px;
-  border-radius: 9px } .mine { background: var(--c); color: #000 }
-meter { width: 80px; height: 12px; vertical-align: middle }
+  border-radius: 9px; margin-right: 4px } .mine { background: var(--c); color: #000 }
+.share::before { content: ""; display: inline-block; width: 78px; height: 9px;
+  background: linear-gradient(var(--blue) 0 0) 0 / var(--share) no-repeat var(--line) }
 @media print { #bar, input { display: none } body { print-color-adjust: exact }
-  .tile, figure { break-inside: avoid; border-color: #999 } }
+  .tile { break-inside: avoid; border-color: #999; content-visibility: visible } }
 </style>
 <body data-folder="{{ sheet.folder }}" data-classes='{{ sheet.classes|tojson }}'
  data-save="etiquetas{{ "_%d"|format(number + 1) if paths|length > 1 }}.csv">
-<h1><bdi>{{ sheet.title }}</bdi></h1>
-<div id="sections">{% for s in sheet.sections %}
+<h1><bdi>{{ sheet.title }}</bdi></h1><div id="sections">{% for s in sheet.sections %}
 <section{% if s.warning %} class="warning"{% endif %}><h2>{{ s.title }}</h2>
 {% for line in s.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
 <table>{% for row in s.rows %}{% set tag = "th" if loop.first else "td" %}<tr>
@@ -2093,10 +2085,9 @@ meter { width: 80px; height: 12px; vertical-align: middle }
 {% endfor %}</div>
 <div id="bar" class="row">
 <input id="find" type="search" placeholder="find text ( / )" aria-label="find text">
-<select id="class" aria-label="class"></select>
-<select id="state" aria-label="state"><option value="">any state
-{% for state in sheet.tiles|map(attribute="state")|unique if state %}
-<option value="{{ state }}">{{ state }}{% endfor %}</select>
+<select id="only" aria-label="class or state"><option value="">all<option>no class
+{% for name in sheet.tiles|map(attribute="state")|unique if name %}
+<option value="{{ name }}">{{ name }}{% endfor %}</select>
 <select id="order" aria-label="order"{% if not sheet.orders %} hidden{% endif %}>
 {% for order in sheet.orders %}<option>{{ order }}{% endfor %}</select>
 {% if paths|length > 1 %}{% for p in paths %}<a href="{{ p.name|urlencode }}"
@@ -2106,11 +2097,10 @@ meter { width: 80px; height: 12px; vertical-align: middle }
 <input id="name" placeholder="other class ( n )" aria-label="other class" size="14">
 <button id="none">take back ( u )</button><button id="save"></button></span>
 <output id="said" class="dim"></output></div>
-<main{% if tiles|selectattr("shares")|list %} class="wide"{% endif %}>
+<main class="{{ "wide" if tiles|selectattr("shares")|list }}
+ {{ "many" if tiles|length > 100 }}">
 {% for t in tiles %}
-{% if t.group and (loop.first or t.group != loop.previtem.group) %}
-<h2><bdi>{{ t.group }}</bdi></h2>
-{% endif %}
+{% if t.group and loop.changed(t.group) %}<h2><bdi>{{ t.group }}</bdi></h2>{% endif %}
 <article class="tile{{ " mark" if t.file }}" data-file="{{ t.file }}"
  data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ t.rank }}">
 {{ picture(t.picture, t.name) }}
@@ -2118,10 +2108,10 @@ meter { width: 80px; height: 12px; vertical-align: middle }
 <bdi class="mine chip" hidden></bdi>
 {% if t.label %}<bdi class="chip">{{ t.label }}</bdi>{% endif %}
 <bdi class="dim">{{ t.state }}</bdi>
-{% for name, share in t.shares.items() %}<div><meter value="{{ share }}"></meter>
-{{ "%.1f %%"|format(share * 100) }} <bdi>{{ name }}</bdi></div>
-{% endfor %}
-{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
+{% for name, share in t.shares.items() %}
+{% set part = "%.1f%%"|format(share * 100) %}
+<div class="share" style="--share: {{ part }}"> {{ part }} <bdi>{{ name }}</bdi></div>
+{% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
 <h3><bdi>{{ t.name }}</bdi></h3>
 {% if t.near %}<div class="rest row">{% for key, name in t.near %}
 <small>{{ picture(key, name) }}<bdi>{{ name }}</bdi></small>{% endfor %}</div>
@@ -2129,21 +2119,18 @@ meter { width: 80px; height: 12px; vertical-align: middle }
 {% if t.details %}<details class="rest"><summary>descriptions</summary>
 {% for line in t.details %}<p><bdi>{{ line }}</bdi></p>{% endfor %}</details>{% endif %}
 </article>
-{% endfor %}
-</main>
+{% endfor %}</main>
 <footer class="dim">{% for line in sheet.foot %}<p>{{ line }}</p>{% endfor %}</footer>
 <script>
-"use strict";
 const $ = (id) => document.getElementById(id), data = document.body.dataset;
 const all = (css) => [...document.querySelectorAll(css)], main = all("main")[0];
 const tiles = all(".tile"), nodes = [...main.children], store = "marks " + data.folder;
 const colours = ["#56b4e9", "#e69f00", "#2fb58a", "#f0e442", "#cc79a7", "#d5733c"];
 let marks = new Map(), names = [], anchor = null, drag = false;
-
 const box = (tile) => tile.querySelector("input");
 const seen = () => all(".mark:not([hidden])");
 const chosen = () => seen().filter((tile) => box(tile).checked);
-const saved = () => tiles.filter((tile) => marks.has(tile.dataset.file));
+const saved = () => tiles.filter((tile) => marks.get(tile.dataset.file));
 const say = (text) => { $("said").textContent = text; };
 
 function load() { // another window may have changed them
@@ -2153,40 +2140,38 @@ function chose() {
   for (const tile of all(".mark")) tile.classList.toggle("on", box(tile).checked);
   say(`${chosen().length} marked, ${all(".tile:not([hidden])").length} shown`);
 }
-function choose(from, to, add) { // marks every image from one to another
+function choose(from, to) { // marks the images from one to another, and no others
   const list = seen(), ends = [list.indexOf(from), list.indexOf(to)];
-  list.forEach((tile, at) => { box(tile).checked = (add && box(tile).checked)
-    || (at >= Math.min(...ends) && at <= Math.max(...ends)); });
+  const [low, high] = ends.sort((a, b) => a - b);
+  list.forEach((tile, at) => { box(tile).checked = at >= low && at <= high; });
   chose();
 }
 function show() {
   const count = new Map(JSON.parse(data.classes).map((name) => [name, 0]));
-  const text = $("find").value.toLowerCase(), only = $("class").value;
-  const state = $("state").value;
+  const text = $("find").value.toLowerCase(), only = $("only").value;
   for (const tile of tiles) {
     const mine = marks.get(tile.dataset.file) || "", name = mine || tile.dataset.label;
     if (name) count.set(name, (count.get(name) || 0) + 1);
     names = [...count.keys()];
     tile.style.setProperty("--c", colours[names.indexOf(name) % 6] || "transparent");
-    tile.querySelector(".mine").textContent = mine;
-    tile.querySelector(".mine").hidden = !mine;
+    Object.assign(tile.querySelector(".mine"), { textContent: mine, hidden: !mine });
     tile.hidden = !tile.textContent.toLowerCase().includes(text)
-      || (only && only !== (name || "/")) || (state && state !== tile.dataset.state);
+      || (only && only !== (name || "no class") && only !== tile.dataset.state);
     if (tile.hidden && box(tile)) box(tile).checked = false;
   }
   $("classes").replaceChildren(...names.map((name, at) => {
-    const button = document.createElement("button");
-    button.textContent = `${at < 9 ? at + 1 : ""} ${name}: ${count.get(name)}`;
+    const button = document.createElement("button"), digit = at < 9 ? at + 1 : "";
+    button.textContent = `${digit} ${name}: ${count.get(name)}`;
     button.style.setProperty("--c", colours[at % 6]);
     button.onclick = () => give(name);
     return button;
   }));
-  $("class").replaceChildren(new Option("any class", ""), new Option("no class", "/"),
-    ...names.map((name) => new Option(name, name, name === only, name === only)));
-  if (only === "/") $("class").value = only;
+  const listed = [...$("only").options].map((option) => option.value);
+  names.filter((name) => !listed.includes(name))
+    .forEach((name) => $("only").add(new Option(name, name)));
   $("save").textContent = `Save ${data.save} (${saved().length})`;
-  for (const head of all("main h2")) head.hidden =
-    $("order").selectedIndex > 0 || text || only || state;
+  const sorted = $("order").selectedIndex > 0;
+  for (const head of all("main h2")) head.hidden = sorted || text || only;
   chose();
 }
 function give(name) {
@@ -2195,32 +2180,35 @@ function give(name) {
   if (/^[.\s]|[\\/:*?"<>|\x00-\x1f]|[.\s]$/.test(name))
     return say("No folder can have that name.");
   load();
-  for (const { dataset: { file } } of some)
-    name ? marks.set(file, name) : marks.delete(file);
+  for (const tile of some) marks.set(tile.dataset.file, name);
   show();
   try { localStorage.setItem(store, JSON.stringify([...marks])); }
   catch { say("This browser forgets the classes with the page: save before."); }
+}
+function move(step, extend) {
+  const here = document.activeElement.closest(".mark"), list = seen();
+  const to = list[here ? list.indexOf(here) + step : 0];
+  if (!to) return;
+  if (extend) choose(anchor ||= here, to); else anchor = to;
+  box(to).focus();
 }
 $("save").onclick = () => {
   const cell = (text) => '"' + text.replace(/^[=+\-@\t\r']/, "'$&") // no formula
     .replaceAll('"', '""') + '"';
   const lines = saved().map(({ dataset: { file } }) => [file, marks.get(file)]);
   const csv = [["file", "class"], ...lines].map((line) => line.map(cell) + "\r\n");
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(["\ufeff", ...csv], { type: "text/csv" }));
-  link.download = data.save;
-  link.click();
+  const blob = new Blob(["\ufeff", ...csv], { type: "text/csv" });
+  const link = { href: URL.createObjectURL(blob), download: data.save };
+  Object.assign(document.createElement("a"), link).click();
   say(`Next: python fase1_descompresion.py --labels ${data.save}`);
 };
 main.onmousedown = (event) => {
-  const tile = event.target.closest(".mark"), add = event.ctrlKey || event.metaKey;
+  const tile = event.target.closest(".mark");
   if (!tile || event.button || event.target.closest("input, .rest")) return;
-  event.preventDefault();
-  box(tile).focus({ preventScroll: true });
-  if (add) return box(tile).click();
+  event.preventDefault(); box(tile).focus({ preventScroll: true });
+  if (event.ctrlKey || event.metaKey) return box(tile).click();
   if (!event.shiftKey || !anchor) anchor = tile;
-  drag = true;
-  choose(anchor, tile);
+  drag = true; choose(anchor, tile);
 };
 main.onmouseover = (event) => {
   const tile = event.target.closest(".mark");
@@ -2228,46 +2216,33 @@ main.onmouseover = (event) => {
 };
 document.onmouseup = () => { drag = false; };
 main.onchange = (event) => { anchor = event.target.closest(".mark"); chose(); };
-function move(step, extend) {
-  const here = document.activeElement.closest(".mark"), list = seen();
-  const to = list[here ? list.indexOf(here) + step : 0];
-  if (!to) return;
-  if (!extend) anchor = to; else choose(anchor ||= here, to);
-  box(to).focus();
-}
 document.onkeydown = ({ key, target, shiftKey, altKey, ctrlKey, metaKey }) => {
   if (key === "Escape") { target.blur(); choose(); }
   if (key === "Enter" && target === $("name")) {
-    give(target.value.trim());
-    target.value = "";
-    target.blur();
+    give(target.value.trim()); target.value = ""; target.blur();
   }
   if (target.matches("select, #find, #name") || altKey || ctrlKey || metaKey) return;
   const across = getComputedStyle(main).gridTemplateColumns.split(" ").length;
-  const act = { u: () => give(""), "/": () => $("find").focus(),
-    n: () => $("name").focus(), ArrowLeft: () => move(-1, shiftKey),
-    ArrowRight: () => move(1, shiftKey), ArrowUp: () => move(-across, shiftKey),
-    ArrowDown: () => move(across, shiftKey) }[key.length > 1 ? key : key.toLowerCase()]
-    || (key > 0 && key in [0, ...names] && (() => give(names[key - 1])));
-  if (act) { act(); return false; }
+  const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across };
+  const name = key.toLowerCase() === "u" ? "" : names[key - 1];
+  if (step[key]) move(step[key], shiftKey);
+  else if (name !== undefined) give(name);
+  else if (key === "n" || key === "/") $(key === "n" ? "name" : "find").focus();
+  else return true;
+  return false;
 };
-for (const id of ["find", "class", "state"]) $(id).oninput = show;
+$("find").oninput = $("only").oninput = show; $("none").onclick = () => give("");
 $("order").oninput = () => {
   const byRank = [...tiles].sort((a, b) => a.dataset.rank - b.dataset.rank);
-  main.append(...($("order").selectedIndex ? byRank : nodes));
-  show();
+  main.append(...($("order").selectedIndex ? byRank : nodes)); show();
 };
-$("none").onclick = () => give("");
 for (const button of all("[data-show]")) button.onclick = () => {
-  $("state").value = button.dataset.show;
-  show();
-  $("bar").scrollIntoView();
+  $("only").value = button.dataset.show; show(); $("bar").scrollIntoView();
 };
 const first = new Map(all("img[src]").map((img) => [img.dataset.key, img.src]));
 for (const img of all("img:not([src])")) img.src = first.get(img.dataset.key) || "";
-onstorage = () => { load(); show(); };
 $("give").hidden = !all(".mark").length;
-load();
-show();
+onstorage = () => { load(); show(); };
+load(), show();
 </script>
 """
