@@ -2033,7 +2033,7 @@ html { background: var(--back); color: var(--ink); overflow-wrap: anywhere }
 body { margin: auto; padding: 0 16px 32px; max-width: 1700px; font: 14px/1.4 system-ui }
 h1 { font-size: 21px; margin: 14px 0 4px } h2 { font-size: 16px; margin: 12px 0 4px }
 h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
-#sections, main { display: grid; gap: 10px;
+#sections, main { display: grid; gap: 10px; margin-bottom: 16px;
   grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)) }
 #sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
