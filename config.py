@@ -469,7 +469,8 @@ def _add_flag(group: Any, knob: Field[Any]) -> None:
     if isinstance(knob.default, bool):
         group.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
         return
-    shown = "" if knob.default in (None, "") else f" (default: {knob.default})"
+    default: Any = knob.default
+    shown = "" if default in (None, "") else f" (default: {default})"
     choices = knob.metadata["choices"]
     group.add_argument(
         flag,
@@ -488,7 +489,8 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
         return _duration
     if knob.default is None or isinstance(knob.default, Path):
         return Path
-    kind, limits = type(knob.default), knob.metadata["limits"]
+    kind: Any = type(knob.default)
+    limits = knob.metadata["limits"]
 
     def read(text: str) -> Any:
         value = kind(text)
