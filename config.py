@@ -380,6 +380,13 @@ class Config:
     copy_to: Path | None = _knob(
         None, "copy every image into a folder of its class below this one", 4
     )
+    one_reader: bool = _knob(False, "decide by the descriptions alone", 4)
+    any_modality: bool = _knob(
+        False, "don't refuse a Modality that training does not have", 4
+    )
+    ask_all: bool = _knob(
+        False, "ask all questions, also where they are not needed to decide", 4
+    )
     force: bool = _knob(
         False, "answer although model and server no longer match; says so", 4
     )

@@ -1605,6 +1605,10 @@ class AnswerBook:
             raise
         del self.unconfirmed[:checked]
 
+    def touch(self) -> None:
+        """Raise OSError where nothing can be written."""
+        self.servers.add()
+
     def of(self, image: "Identified") -> "ImageAnswers":
         """What is known about one image."""
         return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
@@ -1635,6 +1639,10 @@ class ImageAnswers:
         """The embedding of a text, float32 (n_features,), if there is one yet."""
         packed = (self.journal.get(self.vector_key(text)) or {}).get("vector")
         return unpack_vector(packed) if packed else None
+
+    def texts(self, asked: Sequence[Question]) -> list[str]:
+        """The chosen answers to questions that all have one."""
+        return [answer.text for q in asked if (answer := self.chosen(q))]
 
     def _refused(self, text: str) -> bool:
         record = self.journal.get(self.vector_key(text))
@@ -1709,10 +1717,12 @@ class Slot:
 
 
 class Turn:
-    """An image's stay on a slot; `end` lets the next image begin."""
+    """An image's time on a slot; `end` lets the next image begin."""
 
     def __init__(self, slot: Slot) -> None:
         self.slot, self._over = slot, False
+        self.stays = False
+        """More questions may follow: `ask` doesn't end the turn."""
 
     def end(self) -> None:
         """Give the slot to the next image; does nothing the second time."""
@@ -1811,7 +1821,7 @@ async def ask(
     Parameters
     ----------
     turn : Turn
-        Ends when the last question is under way.
+        Ends when the last question is under way, unless the image stays.
     embed : bool
         False leaves the vectors to a later call.
     told : callable
@@ -1873,7 +1883,8 @@ class Interview:
     async def _lane(self, turn: Turn) -> None:
         while self.open:
             await self.ask_next(turn.slot)
-        turn.end()
+        if not turn.stays:
+            turn.end()
 
     async def ask_next(self, slot: Slot) -> None:
         """Ask one question on this slot; after a failure the others are dropped."""

@@ -542,7 +542,8 @@ def test_a_server_that_no_longer_embeds_stops_the_run_and_loses_no_answer(
     assert "does not support embeddings" in caplog.text
     fake.control(script=[])
     assert phase2(base, fake) == 0
-    assert all(asked["answered"] == 1 for asked in questions(fake))
+    # What was in flight when the run stopped, two at the most, is asked a second time.
+    assert sum(asked["answered"] - 1 for asked in questions(fake)) <= 2
 
 
 def test_a_server_that_dies_for_good_stops_the_run_and_loses_no_answer(
