@@ -1,10 +1,12 @@
-"""What at least two phases need: errors, files, DICOM, the vision language model.
+"""What at least two phases need, in the order of the data.
 
+Running a phase · Files · DICOM · The picture · The server · The decision · The page.
 Silent and stateless: nothing here prints, exits or remembers.
 """
 
 import asyncio
 import base64
+import codecs
 import csv
 import errno
 import hashlib
@@ -14,9 +16,12 @@ import json
 import logging
 import os
 import random
+import re
+import signal
 import stat
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -31,13 +36,14 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
+import filelock
 import imagecodecs
 import numpy as np
 import pydicom
@@ -82,7 +88,8 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 Job = TypeVar("Job")
 
-# --- Errors -------------------------------------------------------------------------
+# --- Running a phase ----------------------------------------------------------------
+# Owns errors, exit codes and the start of the log. Never decides what a phase does.
 
 
 class PipelineError(Exception):
@@ -99,20 +106,19 @@ class ModelChangedError(PipelineError):
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-_DISK_REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EROFS: "choose a folder that can be written",
+_USUAL_REMEDY = "reconnect the drive or make room, then run the same command again"
+_REMEDIES = {
     errno.EACCES: "give yourself permission to it or choose another folder",
     errno.EPERM: "give yourself permission to it or choose another folder",
+    errno.EROFS: "choose a folder that can be written",
     errno.ENOTDIR: "a file stands where a folder should be; move it away",
     errno.EEXIST: "a file stands where a folder should be; move it away",
     errno.EISDIR: "a folder stands where a file should be; move it away",
-    errno.ELOOP: "a link that leads to itself; remove it",
-    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENAMETOOLONG: "choose a shorter name or a folder nearer to the root",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or do less at a time",
-    errno.EIO: "the disk fails; look after it before anything else",
 }
+_OPEN_ELSEWHERE = (5, 32, 33)
+"""Windows: access denied, sharing violation, lock violation."""
 
 
 def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
@@ -121,7 +127,8 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
     Parameters
     ----------
     run : callable
-        The phase; returns its own exit code.
+        The phase; returns its own exit code. A KeyboardInterrupt that it raises with a
+        text has that text said: what is true of the phase then.
     complain : callable
         Takes the line that says what is wrong.
 
@@ -132,26 +139,47 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
         a bug and keeps its traceback.
     """
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see the scripts' end
         code = run()
         if sys.stdout:  # None where the caller has closed it
             sys.stdout.flush()
         return code
     except PipelineError as error:
         complain(f"error: {error}")
-    except BrokenPipeError:
-        # Who read the output has left (`| head`), and Python must not mind at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        complain("interrupted: what was done is kept; the same command goes on with it")
+    except KeyboardInterrupt as stopped:
+        complain(f"interrupted{f': {stopped}' if str(stopped) else ''}")
         return EXIT_INTERRUPTED
     except OSError as error:
-        remedy = _DISK_REMEDIES.get(error.errno or 0)
-        if remedy is None:
+        if _reader_left(error):
+            return EXIT_INTERRUPTED
+        if error.errno is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        complain(f"error: {where}{error.strerror}: {remedy}")
+        complain(f"error: {disk_problem(error)}")
     return EXIT_COULD_NOT_RUN
+
+
+def _reader_left(error: OSError) -> bool:
+    """Whether who read the output has left (`| head`); Python must not mind then."""
+    left = isinstance(error, BrokenPipeError)
+    if sys.platform == "win32":  # a closed pipe is EINVAL there
+        left = left or (error.errno == errno.EINVAL and not error.filename)
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
+
+
+def disk_problem(error: OSError) -> str:
+    """One line about a file or folder that failed: which, why, and what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0, _USUAL_REMEDY)
+    if getattr(error, "winerror", None) in _OPEN_ELSEWHERE:
+        remedy = (
+            "close it in the program that has it open, such as Excel, then run the "
+            "same command again"
+        )
+    elif sys.platform == "win32" and len(str(error.filename)) > 259:
+        remedy = "a path of over 259 characters: choose a folder nearer to the root"
+    return f"{where}{error.strerror or error}: {remedy}"
 
 
 def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
@@ -164,37 +192,146 @@ def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.captureWarnings(True)
+    for name in ("pydicom", "py.warnings", "asyncio"):  # not the user's business
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logger.setLevel(cfg.log_level)
 
 
 # --- Files --------------------------------------------------------------------------
+# Owns finding, writing, locking and the journal. Never changes a file of the user's.
+
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+_OWN_LISTS = re.compile(
+    r"manifiesto\.csv|rechazados\.csv|etiquetas.*\.csv|vista_previa.*\.html"
+)
+
+
+def find_files(
+    root: Path, skipped: Callable[[Path, str], object] | None = None
+) -> Iterator[Path]:
+    """Regular files below `root` at any depth, in order of their names.
+
+    Passed over in silence: names that begin with a dot, what Windows leaves in folders,
+    and the program's own lists and pages. Anything that is not a regular file is passed
+    over, too (a FIFO would hang its reader). Links to files are followed; links to
+    folders and junctions are not, so that no loop can catch the walk.
+
+    Parameters
+    ----------
+    root : Path
+        Where to start.
+    skipped : callable, optional
+        Told of every path that a user may miss, and why it was passed over.
+    """
+    tell = skipped or (lambda *_: None)
+
+    def unreadable(error: OSError) -> None:
+        tell(Path(error.filename), f"the folder can't be read: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in list(subfolders):
+            if _is_link(f"{folder}/{name}"):
+                subfolders.remove(name)
+                tell(Path(folder, name), "a link to a folder: links are not followed")
+        for name in sorted(names):
+            path = Path(folder, name)
+            if _is_of_no_interest(path):
+                continue
+            if problem := _why_no_file(path):
+                tell(path, problem)
+            else:
+                yield path
+
+
+def _is_link(path: str) -> bool:
+    """A symbolic link, or a junction of Windows, which os.walk would follow."""
+    return os.path.islink(path) or (  # noqa: PTH114 - 10 times as fast
+        sys.platform == "win32" and os.path.realpath(path) != os.path.abspath(path)  # noqa: PTH100
+    )
+
+
+def _is_of_no_interest(path: Path) -> bool:
+    name = path.name
+    if name.startswith(".") or name.lower() in _SYSTEM_FILES:
+        return True
+    if sys.platform == "win32":
+        both = stat.FILE_ATTRIBUTE_HIDDEN | stat.FILE_ATTRIBUTE_SYSTEM
+        if path.lstat().st_file_attributes & both == both:
+            return True
+    return _OWN_LISTS.fullmatch(name) is not None
+
+
+def _why_no_file(path: Path) -> str:
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    return "" if is_file else "not a regular file, or a link that leads nowhere"
+
+
+def _while_open_elsewhere(action: Callable[[], object]) -> None:
+    """Do it; on Windows again for two seconds, as virus scanners hold files briefly."""
+    deadline = time.monotonic() + 2.0
+    while True:
+        try:
+            action()
+            return
+        except OSError as error:
+            in_use = getattr(error, "winerror", None) in _OPEN_ELSEWHERE
+            if not in_use or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Rename a file, over another if need be."""
+    _while_open_elsewhere(lambda: os.replace(temporary, path))  # noqa: PTH105
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there."""
+    _while_open_elsewhere(lambda: path.unlink(missing_ok=True))
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `path` when all is on disk.
 
-    Temporary name in the same folder, flush, fsync, rename: a reader sees the old file
-    or the whole new one, never a part. On any exception the temporary file goes.
+    A name of its own in the same folder, flush, fsync, rename: a reader sees the old
+    file or the whole new one, never a part, whoever else is writing it. On any
+    exception the temporary file goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=".", suffix=".tmp", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            file.close()
+            temporary.chmod(0o666 & ~_umask())
+            replace_file(temporary, path)
+        except BaseException:
+            file.close()
+            remove_file(temporary)
+            raise
+
+
+def _umask() -> int:
+    """What new files are denied; tempfile makes its own for one user alone."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping as indented UTF-8 JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -203,7 +340,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     Raises
     ------
     PipelineError
-        The file is missing, unreadable or no JSON object.
+        The file is missing, unreadable or not a JSON object.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -219,20 +356,29 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def write_csv(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
 ) -> None:
-    """Write rows as UTF-8 CSV with a header line, atomically."""
+    """Write rows as UTF-8 CSV with BOM and a header line, atomically.
+
+    A name that is not UTF-8 keeps its bytes: `read_csv` gives it back as it was.
+    """
     with atomic_write(path) as file:
-        text = io.TextIOWrapper(
-            file, "utf-8", errors="backslashreplace", newline="", write_through=True
-        )
+        text = csv_text(file)
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         text.detach()
 
 
+def csv_text(file: BinaryIO) -> io.TextIOWrapper:
+    """The text side of a CSV file: a BOM, for a Spanish Excel, then UTF-8."""
+    file.write(codecs.BOM_UTF8)
+    return io.TextIOWrapper(
+        file, "utf-8", errors="surrogateescape", newline="", write_through=True
+    )
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file written by `write_csv`."""
-    with path.open(encoding="utf-8", newline="") as file:
+    """Read a CSV file of UTF-8 with or without BOM."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -259,51 +405,97 @@ def check_digest(path: Path, expected: str | None, remedy: str) -> None:
         )
 
 
-# --- DICOM --------------------------------------------------------------------------
+@contextmanager
+def lock(path: Path, held: str) -> Iterator[None]:
+    """Hold a lock file; PipelineError with the line `held` where another has it.
+
+    The operating system drops the lock of a process that dies, so none can go stale.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise PipelineError(held) from None
 
 
-def find_files(
-    root: Path, skipped: Callable[[Path, str], object] | None = None
-) -> Iterator[Path]:
-    """Regular files below `root` at any depth, in order of their names.
+class Journal:
+    """Append-only JSON Lines: key -> newest record.
 
-    Folders and files whose name starts with a dot are passed over, and so is anything
-    that is no regular file (a FIFO would hang its reader). Links to files are followed,
-    links to folders are not, so that no loop can catch the walk.
+    `add` returns when the record is on disk. A damaged, torn or foreign line is skipped
+    and costs one question. Several processes may add to one file, under its lock.
 
     Parameters
     ----------
-    root : Path
-        Where to start.
-    skipped : callable, optional
-        Told of every path that a user may miss, and why it was passed over.
+    path : Path
+        The file; made by the first `add`.
+    sync_every_s : float
+        Records may wait so long for the disk; a kill of the machine then loses them.
+    lock_file : Path, optional
+        Held by every `add`, where more than one process may write.
     """
-    tell = skipped or (lambda *_: None)
 
-    def unreadable(error: OSError) -> None:
-        tell(Path(error.filename), f"the folder can't be read: {error.strerror}")
+    def __init__(
+        self, path: Path, sync_every_s: float = 0.0, lock_file: Path | None = None
+    ) -> None:
+        self.path, self._every, self._synced = path, sync_every_s, 0.0
+        self._lock = filelock.FileLock(lock_file) if lock_file else nullcontext()
+        self._records: dict[str, dict[str, Any]] = {}
+        self._read_to = 0
+        self.refresh()
 
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in subfolders:
-            if os.path.islink(f"{folder}/{name}"):  # noqa: PTH114 - 10 times as fast
-                tell(Path(folder, name), "a link to a folder: links are not followed")
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.startswith("."):
-                continue
-            if problem := _why_no_file(path):
-                tell(path, problem)
-            else:
-                yield path
+    def refresh(self) -> None:
+        """Read what was added since, by whomever."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read_to)
+            for line in file:
+                if line.endswith(b"\n"):  # else torn
+                    self._read_to += len(line)
+                    self._take(line)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The newest record under a key."""
+        return self._records.get(key)
+
+    def items(self) -> list[tuple[str, dict[str, Any]]]:
+        """All keys with their newest records, in the order of their first lines."""
+        return list(self._records.items())
+
+    def add(self, *records: Mapping[str, Any]) -> None:
+        """Keep records, each with its "key"; {"taken_back": keys} forgets those."""
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in records]
+        with self._lock:
+            self.refresh()
+            with self.path.open("ab") as file:
+                if file.tell() > self._read_to:  # a torn line must not swallow this
+                    file.write(b"\n")
+                file.write("".join(lines).encode("utf-8", "backslashreplace"))
+                file.flush()
+                if time.monotonic() - self._synced >= self._every:
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
+            self.refresh()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(record, dict):
+            return
+        for name in ("key", "answer", "embedding"):  # the last two: version 1.0
+            if isinstance(record.get(name), str):
+                self._records[record.pop(name)] = record
+                return
+        if isinstance(bad := record.get("quarantined"), str):  # version 1.0
+            self._records[bad] = {**self._records.get(bad, {}), "quarantined": True}
+        for key in record.get("taken_back") or ():
+            self._records.pop(key, None)
 
 
-def _why_no_file(path: Path) -> str:
-    try:
-        is_file = path.is_file()
-    except OSError as error:
-        return f"can't be read: {error.strerror}"
-    return "" if is_file else "no regular file, or a link that leads nowhere"
+# --- DICOM --------------------------------------------------------------------------
 
 
 def read_dicom(path: Path) -> pydicom.Dataset:
