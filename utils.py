@@ -37,9 +37,9 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -1225,6 +1225,104 @@ def _header_text(dataset: pydicom.Dataset, keyword: str) -> str:
     if keyword == "ExposureInuAs" and value:
         value = f"{float(value) / 1000:g}"
     return " ".join(str("" if value is None else value).split())[:200]
+
+
+# The second reader's view of the picture.
+
+CONTRAST_SIGMA, CONTRAST_FLOOR = 6.0, 0.02
+"""Local contrast: pixels of the halved picture, and the grey that counts as none."""
+
+
+def picture_statistics(view: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Describe the prepared picture in 40 numbers that need no vision model.
+
+    Twenty-eight tell its structure: the power spectrum of the picture, its local
+    contrast normalised, in ten rings of frequency; in nine of them how far it keeps to
+    one direction (an edge, bars) and to two crossed ones (a plate, a block). Two tell
+    how much contrast there is, and on what share. Ten tell its grain: the shares of
+    rotation-invariant uniform local binary patterns (Ojala et al., PAMI 24 (2002) 971).
+    A Hann window makes margins, collimation and padding count for little.
+
+    Parameters
+    ----------
+    view : ndarray, uint8 (rows, columns)
+        As `prepare_image` makes it, with its padding.
+
+    Returns
+    -------
+    ndarray, float32 (40,)
+        Finite also for a black picture, or a strip of one row. Mirrored or turned by
+        90 degrees the picture has the same numbers.
+    """
+    content = _without_padding(view)
+    return np.concatenate([_structure(content), _grain(content)]).astype(np.float32)
+
+
+def _without_padding(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Cut the same number of padding lines from both sides of one axis."""
+    cuts = []
+    for axis in (0, 1):
+        lines = np.flatnonzero((view != config.PADDING_GREY).any(axis=1 - axis))
+        last = view.shape[axis] - 1
+        cuts.append(min(lines[0], last - lines[-1]) if lines.size else 0)
+    down, across = cuts
+    if down > across:
+        return view[down : len(view) - down]
+    return view[:, across : view.shape[1] - across] if across > down else view
+
+
+def _hann(shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """A window of sum 1 without the zeros at its ends; in float32 it is too coarse."""
+    down, across = (np.hanning(side + 2)[1:-1] for side in shape)
+    window = np.outer(down, across)
+    return np.asarray(window / window.sum())
+
+
+def _structure(content: NDArray[np.uint8]) -> NDArray[np.float64]:
+    from scipy.ndimage import gaussian_filter  # noqa: PLC0415
+
+    height, width = (max(8, side // 2) for side in content.shape)
+    picture = Image.fromarray(content.astype(np.float32) / np.float32(255))
+    halved = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    blur = partial(gaussian_filter, sigma=CONTRAST_SIGMA, truncate=2.5)
+    detail = halved - blur(halved)
+    contrast = np.sqrt(np.maximum(blur(detail**2), 0))
+    normal = detail / (contrast + CONTRAST_FLOOR)
+    window = _hann(normal.shape)
+    windowed = normal.size * window * (normal - np.sum(window * normal))
+    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    power = np.abs(np.fft.rfft2(windowed)) ** 2
+    # Half of the frequencies are left out by rfft2: their mirror images count for them.
+    power[:, 1 : (width + 1) // 2] *= 2
+    edges = [0, *np.geomspace(0.012, 0.5, 10)]
+    ring = np.searchsorted(edges, np.hypot(down, across), side="right") - 1
+
+    def by_ring(values: NDArray[Any]) -> NDArray[np.float64]:
+        return np.bincount(ring.ravel(), values.ravel(), 11)[:10]
+
+    angle = np.arctan2(down, across)
+    total = by_ring(power) + 1e-9
+    parts = [np.log(total / total.sum() + 1e-6)]
+    for fold in (2, 4):
+        real, imaginary = np.cos(fold * angle), np.sin(fold * angle)
+        along = np.hypot(by_ring(power * real), by_ring(power * imaginary))
+        parts.append((along / total)[1:])
+    mean_contrast = np.log(np.sum(window * contrast) + 0.001)
+    covered = np.sum(window * (contrast > CONTRAST_FLOOR))
+    return np.concatenate([*parts, [mean_contrast, covered]])
+
+
+def _grain(content: NDArray[np.uint8]) -> NDArray[np.float64]:
+    height, width = content.shape
+    padded = np.pad(content.astype(np.int16), 1, mode="edge")
+    around = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
+    centre = content.astype(np.int16) + 2
+    bits = [padded[y : y + height, x : x + width] >= centre for y, x in around]
+    ones = np.sum(bits, axis=0)
+    changes = np.sum([bits[i] != bits[i - 1] for i in range(8)], axis=0)
+    codes = np.where(changes <= 2, ones, 9)
+    shares = np.bincount(codes.ravel(), _hann(content.shape).ravel(), 10)
+    return np.sqrt(shares)
 
 
 def preparation() -> dict[str, Any]:
@@ -2553,68 +2651,65 @@ def _short(error: BaseException) -> str:
     return " ".join(text.split())[:200]
 
 
-# --- Decisions ----------------------------------------------------------------------
+# --- The decision -------------------------------------------------------------------
+# From what was seen of an image to a class or INCONCLUSIVE. Two readers: one reads the
+# descriptions of the VLM, the other, which never saw a word, 40 numbers of the picture.
+# Phase 3 measures with these functions, phase 4 answers with them. Nothing here asks,
+# decodes or writes; scikit-learn is imported at its first use, since phase 4 asks its
+# first question without it.
+
+NEIGHBOUR_COUNT, PIXEL_NEIGHBOUR_COUNT = 10, 5
+"""Novelty: mean distance to this many nearest training descriptions, or pictures."""
+
+NEVER = 1.01
+"""A confidence threshold that no image reaches: such a class is never answered."""
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Generic rows of the training images: what a known image lies close to."""
+class Model:
+    """What phase 3 left, as `load_model` reads it."""
 
-    rows: NDArray[np.float32]
-    """(n_rows, n_dimensions), scaled and projected."""
+    scaler: Any
+    classifier: Any
+    """Scaled mean vector -> probabilities, as calibrated for the last stage."""
+    second: Any
+    """The second reader: a pipeline on `picture_statistics`."""
+    descriptions: Any
+    """NearestNeighbors of scaled, projected training descriptions."""
+    pictures: Any
+    """NearestNeighbors of scaled statistics of the training pictures."""
+    projection: NDArray[np.float32]
     owner: NDArray[np.int32]
-    """(n_rows,), the index in `names` of the image that a row describes."""
+    """(n_descriptions,), the index in `names` of the image that each describes."""
     names: NDArray[np.str_]
     """(n_images,), the labelled files."""
-    projection: NDArray[np.float32]
-    """(n_features, n_dimensions), or (0, 0) where rows are kept as they are."""
+    thresholds: Mapping[str, Any]
+    """``metricas.json["thresholds"]``: "pixels", and "stages" by number of questions.
 
-    def project(self, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scaled rows, (k, n_features), in the space of `rows`."""
-        return scaled @ self.projection if self.projection.size else scaled
-
-    def distances(self, projected: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Euclidean distances of projected rows to `rows`, float64 (k, n_rows)."""
-        squares = np.einsum("ij,ij->i", projected, projected)[:, None] + self._squares
-        squares -= 2 * (projected @ self.rows.T)
-        return np.asarray(np.sqrt(np.maximum(squares, 0, dtype=np.float64)))
-
-    def nearest(self, distances: NDArray[np.float64], count: int = 3) -> list[str]:
-        """Names of the training images whose rows lie closest on average."""
-        totals = np.bincount(self.owner, distances.mean(axis=0), len(self.names))
-        means = totals / np.maximum(np.bincount(self.owner, minlength=len(totals)), 1)
-        return [str(self.names[i]) for i in np.argsort(means, kind="stable")[:count]]
-
-    @cached_property
-    def _squares(self) -> NDArray[np.float32]:
-        return np.asarray(np.einsum("ij,ij->i", self.rows, self.rows))
-
-
-def load_neighbours(path: Path) -> Neighbours:
-    """Read what phase 3 wrote; arrays only, nothing is unpickled."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return Neighbours(
-            **{part.name: arrays[part.name] for part in fields(Neighbours)}
-        )
-
-
-def novelty(distances: NDArray[np.float64]) -> float:
-    """How far an image lies from the training images.
-
-    Parameters
-    ----------
-    distances : ndarray, (k, n_rows)
-        Of the image's k rows to training rows, the image's own rows left out: with
-        them, every known image would seem nearer than any new one can be.
-
-    Returns
-    -------
-    float
-        Mean over the k rows of the distance to the NEIGHBOUR_COUNT nearest. The mean
-        of the rows would hide a stranger: it lies near the centre of everything.
+    A stage has the limit of novelty ("descriptions"), the "factor" that calibrates its
+    confidences, and the "confidence" that each class needs (with the descriptions'
+    reader alone: "one_reader").
     """
-    count = min(config.NEIGHBOUR_COUNT, distances.shape[1])
-    return float(np.partition(distances, count - 1, axis=1)[:, :count].mean())
+    modalities: Sequence[str]
+    """Modalities of the training images."""
+
+    @property
+    def stages(self) -> list[int]:
+        """Numbers of descriptions after which a decision is tried, in order."""
+        return sorted(int(stage) for stage in self.thresholds["stages"])
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What one reader says of one image."""
+
+    label: str
+    confidence: float
+    """1 where the reader has none: the second one says a class or nothing."""
+    novelty: float
+    """As a multiple of its limit: above 1 the image is unlike the training's."""
+    nearest: Sequence[str] = ()
+    """Training images that are most alike, the closest first."""
 
 
 @dataclass(frozen=True)
@@ -2624,58 +2719,219 @@ class Decision:
     label: str
     """The class, or INCONCLUSIVE."""
     best_class: str
-    """The class of the largest confidence, also where the label is INCONCLUSIVE."""
+    """The class of the largest confidence; the second reader's before any question."""
     confidences: dict[str, float]
-    novelty: float
+    """Of the descriptions' reader, every class; empty before any question."""
     reason: str
-    """Why the label is INCONCLUSIVE; empty where it is a class."""
-    nearest: list[str]
-    """Training images whose descriptions are most alike, the closest first."""
+    """Why the label is INCONCLUSIVE; "" also where only the questions are missing."""
+    words: Opinion | None
+    """None before any question."""
+    picture: Opinion | None
+    """None with `one_reader`."""
+    stage: int
+    """The number of descriptions whose limits were applied; 0 before any question."""
 
 
-def refusal(confidence: float, novelty: float, thresholds: Mapping[str, float]) -> str:
-    """Why an image should not be given a class; empty where it should."""
-    if novelty > thresholds["novelty"]:
-        limit = thresholds["novelty"]
-        return f"unlike every training image (distance {novelty:.1f} > {limit:.1f})"
-    if thresholds["confidence"] >= config.NEVER:
-        return "no confidence of this model kept the errors within the accepted share"
-    if confidence < thresholds["confidence"]:
-        return f"confidence {confidence:.2f} is below {thresholds['confidence']:.2f}"
-    return ""
+def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
+    """Load the readers; takes a second or two, most of it scikit-learn's import.
+
+    Their digests must have been checked: a joblib file can run code. NEIGHBOURS holds
+    arrays only, nothing of it is unpickled.
+    """
+    import joblib  # noqa: PLC0415
+
+    second = joblib.load(folder / config.SECOND_READER)
+    with np.load(folder / config.NEIGHBOURS, allow_pickle=False) as arrays:
+        return Model(
+            scaler=joblib.load(folder / config.SCALER),
+            classifier=joblib.load(folder / config.CLASSIFIER),
+            second=second,
+            descriptions=fit_neighbours(arrays["rows"], NEIGHBOUR_COUNT),
+            pictures=fit_neighbours(
+                second[0].transform(arrays["pixels"]), PIXEL_NEIGHBOUR_COUNT
+            ),
+            projection=arrays["projection"],
+            owner=arrays["owner"],
+            names=arrays["names"],
+            thresholds=metrics["thresholds"],
+            modalities=metrics["modalities"],
+        )
 
 
-def decide(
-    rows: NDArray[np.float32],
-    scaler: Any,
-    classifier: Any,
-    neighbours: Neighbours,
-    thresholds: Mapping[str, float],
-) -> Decision:
-    """Classify one image by the embeddings of its generic descriptions.
+def fit_neighbours(points: NDArray[Any], count: int) -> Any:
+    """A NearestNeighbors that finds `count` points, or as many as there are."""
+    from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415
+
+    return NearestNeighbors(n_neighbors=min(count, len(points)), algorithm="brute").fit(
+        points
+    )
+
+
+def project(
+    scaled: NDArray[np.float32], projection: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Scaled rows in the space of the neighbours; an empty projection changes none."""
+    return scaled @ projection if projection.size else scaled
+
+
+def class_scores(decisions: NDArray[Any], n_classes: int) -> NDArray[np.float64]:
+    """Sums of the one-against-one decisions of an SVC, (n_samples, n_classes).
+
+    Its class is their argmax. Not scikit-learn's "ovr" form, nor `predict`: their votes
+    tie and make steps that can't be calibrated.
+    """
+    pairs = np.reshape(decisions, (len(decisions), -1))
+    return np.asarray(pairs @ sums_of_pairs(n_classes).T, np.float64)
+
+
+def sums_of_pairs(n_classes: int) -> NDArray[np.float64]:
+    """(n_classes, n_pairs): +1 where a decision speaks for a class, -1 against it.
+
+    In scikit-learn's order of pairs; of two classes, positive means the second.
+    """
+    if n_classes == 2:
+        return np.array([[-1.0], [1.0]])
+    first, second = np.triu_indices(n_classes, 1)
+    return np.asarray(np.eye(n_classes)[first] - np.eye(n_classes)[second]).T
+
+
+def times_limit(distance: float, limit: float) -> float:
+    """Novelty as a multiple of its limit; finite where the limit is 0."""
+    return float(distance / max(limit, 1e-9))
+
+
+def refusal(
+    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
+) -> str:
+    """Why an image should not be given a class; empty where nothing speaks against it.
 
     Parameters
     ----------
-    rows : ndarray, float32 (k, n_features)
-        One embedding per description, not scaled.
-    scaler, classifier : scikit-learn estimators
-        What SCALER and CLASSIFIER hold.
-    neighbours : Neighbours
-        See `load_neighbours`.
-    thresholds : mapping
-        ``metricas.json["thresholds"]``: keys ``confidence`` and ``novelty``.
+    words, picture : Opinion or None
+        Of the two readers; None where a reader was not heard.
+    needed : mapping
+        The confidence that an answer needs, by class.
     """
-    scaled = np.asarray(scaler.transform(rows), np.float32)
-    shares = classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
-    distances = neighbours.distances(neighbours.project(scaled))
-    classes = [str(name) for name in classifier.classes_]
-    best, far = int(np.argmax(shares)), novelty(distances)
-    reason = refusal(float(shares[best]), far, thresholds)
+    return next(_doubts(words, picture, needed), "")
+
+
+def _doubts(
+    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
+) -> Iterator[str]:
+    """All that speaks against an answer, in the order in which it is said."""
+    if picture and picture.novelty > 1:
+        yield _unlike("the picture is", picture)
+    if words is None:
+        return
+    if words.novelty > 1:
+        yield _unlike("the descriptions are", words)
+    label, least = words.label, needed[words.label]
+    if picture and picture.label != label:
+        yield f"descriptions say {label}, picture says {picture.label}"
+    if least >= NEVER:
+        yield f"no confidence in {label} kept the errors within the accepted share"
+    if words.confidence < least:
+        yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+
+
+def _unlike(what: str, opinion: Opinion) -> str:
+    nearest = f"; nearest {opinion.nearest[0]}" if opinion.nearest else ""
+    return (
+        f"{what} unlike all in training ({opinion.novelty:.1f} times the limit"
+        f"{nearest})"
+    )
+
+
+def foreign_modality(modality: str, trained: Sequence[str]) -> str:
+    """Why the header refuses an image; empty where it, or the model, names none."""
+    if not modality or not trained or modality in trained:
+        return ""
+    return f"Modality {modality} is not among those of training ({', '.join(trained)})"
+
+
+def decide(  # noqa: PLR0913
+    model: Model,
+    rows: NDArray[np.float32] | None,
+    pixels: NDArray[np.float32] | None,
+    modality: str = "",
+    stage: int = 0,
+    *,
+    one_reader: bool = False,
+    any_modality: bool = False,
+) -> Decision:
+    """Classify one image, or say why not; without rows only what the picture refuses.
+
+    Parameters
+    ----------
+    rows : ndarray, float32 (k, n_features), or None
+        One embedding per generic description, not scaled. None: nothing was asked yet,
+        and an empty reason means that asking may help.
+    pixels : ndarray, float32 (40,), or None
+        See `picture_statistics`; not used with `one_reader`.
+    modality : str
+        Of the header, "" where it has none.
+    stage : int
+        One of ``model.stages``: whose limits hold.
+    one_reader, any_modality : bool
+        Leave out the second reader; don't let the Modality refuse.
+    """
+    picture = None if one_reader or pixels is None else _look(model, pixels)
+    words, shares, needed = None, {}, {}
+    if rows is not None:
+        limits = model.thresholds["stages"][str(stage)]
+        words, shares = _read(model, rows, limits)
+        needed = limits["one_reader" if one_reader else "confidence"]
+    reason = "" if any_modality else foreign_modality(modality, model.modalities)
+    reason = reason or refusal(words, picture, needed)
+    heard = words or picture
+    best = heard.label if heard else ""
     return Decision(
-        label=config.INCONCLUSIVE if reason else classes[best],
-        best_class=classes[best],
-        confidences={name: float(p) for name, p in zip(classes, shares, strict=True)},
-        novelty=far,
+        label=config.INCONCLUSIVE if reason or not words else best,
+        best_class=best,
+        confidences=shares,
         reason=reason,
-        nearest=neighbours.nearest(distances),
+        words=words,
+        picture=picture,
+        stage=stage if words else 0,
+    )
+
+
+def _read(
+    model: Model, rows: NDArray[np.float32], limits: Mapping[str, Any]
+) -> tuple[Opinion, dict[str, float]]:
+    """The first reader: the mean of the descriptions decides.
+
+    Novelty is the mean over the descriptions: their mean vector would hide an unknown
+    image, since it lies near the centre of everything.
+    """
+    scaled = np.asarray(model.scaler.transform(rows), np.float32)
+    shares = model.classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
+    shares = shares ** limits["factor"]
+    shares /= shares.sum()
+    classes = [str(name) for name in model.classifier.classes_]
+    best = int(np.argmax(shares))
+    distances, found = model.descriptions.kneighbors(project(scaled, model.projection))
+    owners = Counter(model.owner[found].T.ravel().tolist()).most_common(3)
+    opinion = Opinion(
+        label=classes[best],
+        confidence=float(shares[best]),
+        novelty=times_limit(distances.mean(), limits["descriptions"]),
+        nearest=[str(model.names[owner]) for owner, _ in owners],
+    )
+    return opinion, {name: float(p) for name, p in zip(classes, shares, strict=True)}
+
+
+def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
+    """The second reader, of whose classes none has a confidence."""
+    scores = class_scores(
+        model.second.decision_function(pixels[None]), len(model.second.classes_)
+    )
+    distances, found = model.pictures.kneighbors(
+        model.second[0].transform(pixels[None])
+    )
+    return Opinion(
+        label=str(model.second.classes_[scores[0].argmax()]),
+        confidence=1.0,
+        novelty=times_limit(distances.mean(), model.thresholds["pixels"]),
+        nearest=[str(model.names[image]) for image in found[0, :3]],
     )
