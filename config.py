@@ -11,12 +11,13 @@ the fingerprints that the phases compare.
 import argparse
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-PROGRAM_VERSION = "1.0.0"
+PROGRAM_VERSION = "1.2.0"
 """Version of the program, written into every manifest."""
 
 # --- Classes ------------------------------------------------------------------------
@@ -48,14 +49,20 @@ DATASET_X, DATASET_Y, DATASET_ROWS = (
 )
 """Phase 2: float32 (n_rows, n_features); str (n_rows,); one line per row."""
 
+DATASET_IMAGES, DATASET_PIXELS = "dataset_imagenes.csv", "dataset_pixeles.npy"
+"""Phase 2: one line per image; float32 (n_images, 40). In the order of first rows."""
+
 JOURNAL_DIR = "descripciones"
-"""Phase 2: one append-only JSON Lines file of answers per image."""
+"""Phases 2 and 4: one append-only JSON Lines file of answers per image."""
 
 CLASSIFIER, SCALER = "clasificador_svc.joblib", "escalador.joblib"
 """Phase 3: scikit-learn objects that load with scikit-learn and numpy alone."""
 
 CONFUSION_MATRIX, METRICS = "matriz_de_confusion.png", "metricas.json"
 """Phase 3: the figure, and the figures; METRICS is written last."""
+
+SECOND_READER = "segundo_lector.joblib"
+"""Phase 3: scikit-learn pipeline of the second reader."""
 
 NEIGHBOURS = "vecinos.npz"
 """Phase 3: generic training rows, scaled, that tell known images from strangers."""
@@ -156,11 +163,16 @@ PROMPT_SETS = {
 BREVITY = "Answer in two or three short sentences."
 """Ends every prompt, so that answers fit into the tokens that they may have."""
 
-TEXT_ATTEMPTS = 3
-"""Seeds tried for one question before its image is given up for this run."""
+EMBED_PREFIXES = {
+    "nomic-embed-text": "classification: ",
+    "nomic-embed-text-v1": "classification: ",
+    "nomic-embed-text-v1.5": "classification: ",
+    "embeddinggemma": "task: classification | query: ",
+}
+"""What the makers of an embedder ask to stand before every text (its model card).
 
-EMBED_CHUNK = 32
-"""Texts per embedding request: a list saves round trips but fails as a whole."""
+Keys are names as Ollama has them, without registry, owner and tag; others get nothing.
+"""
 
 PROBE_SENTENCE = "A radiograph of a uniform grey field without any object."
 """Embedded by phases 2 and 4: a changed embedding means another embedder."""
@@ -227,45 +239,48 @@ SEARCH_FULL = (
 ALL_PHASES = (1, 2, 3, 4)
 VLM_PHASES = (2, 4)
 
+GO_DURATION = re.compile(r"-?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|-?\d+(\.\d+)?")
+"""What Ollama takes as keep_alive: a duration of Go such as 1h30m, or seconds."""
+
 
 def _knob(
-    default: Any, help_text: str, *phases: int, flag: str = "", **extra: Any
+    default: Any,
+    help_text: str,
+    *phases: int,
+    flag: str = "",
+    choices: Sequence[str] | None = None,
+    **limits: float,
 ) -> Any:
-    """A dataclass field that knows which phases show it as a flag, and how."""
-    metadata = {"help": help_text, "phases": phases, "flag": flag, **extra}
+    """A field that knows the phases that show it as a flag, and its limits.
+
+    `limits` are `least` and `most` (inclusive) and `above` (exclusive).
+    """
+    metadata = {
+        **{"help": help_text, "phases": phases, "flag": flag},
+        **{"choices": choices, "limits": limits},
+    }
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The knobs of all phases; each field is a flag of the phases that it names."""
+    """The knobs of all phases; each field is a flag of the phases that it names.
+
+    A comment line "# group" starts a group of `--help`: see GROUPS.
+    """
 
     base: Path = _knob(Path(), "folder that holds the data folders", *ALL_PHASES)
-    verbose: bool = _knob(False, "say more about every item", *ALL_PHASES)
-    quiet: bool = _knob(False, "say nothing but results and errors", *ALL_PHASES)
-
     input_dir: Path = _knob(Path("input_dicom"), "folder of the user's DICOM files", 1)
     decompressed_dir: Path = _knob(
-        Path("f1_descomprimidos"), "folder of the decompressed files", 1, 3
+        Path("f1_descomprimidos"), "folder of the decompressed files", 1
     )
     labelled_dir: Path = _knob(
-        Path("datos_etiquetados"), "folder with one subfolder per class", 1, 2, 3
+        Path("datos_etiquetados"), "folder with one subfolder per class", 1, 2
     )
     dataset_dir: Path = _knob(
-        Path("dataset_final_vlm"), "folder of the vectors and the journal", 2, 3
+        Path("dataset_final_vlm"), "folder of the vectors and the journal", 2, 3, 4
     )
     model_dir: Path = _knob(Path("modelo_final_vlm"), "folder of the model", 3, 4)
-
-    jobs: int = _knob(0, "worker processes; 0 means one per processor core", 1)
-    max_image_mb: int = _knob(
-        2048, "reject images that would decode to more megabytes than this", 1
-    )
-    item_timeout_s: float = _knob(
-        10.0,
-        "give up on a file after this many seconds without a sign of life; "
-        "a large frame has more",
-        1,
-    )
 
     host: str = _knob(
         "",
@@ -277,44 +292,64 @@ class Config:
     embed_model: str = _knob(
         "nomic-embed-text", "model that turns descriptions into vectors", *VLM_PHASES
     )
+    server_parallel: int = _knob(
+        1,
+        "the server's OLLAMA_NUM_PARALLEL: images described at once",
+        *VLM_PHASES,
+        least=1,
+    )
     concurrency: int = _knob(
         0,
         "requests in flight at once; 0 means --server-parallel + 1, by default 2",
         *VLM_PHASES,
-    )
-    server_parallel: int = _knob(
-        1, "the server's OLLAMA_NUM_PARALLEL: images described at once", *VLM_PHASES
+        least=0,
     )
     pull: bool = _knob(False, "download missing models first", *VLM_PHASES)
     wait: float = _knob(
-        600.0, "seconds to wait for a server that stopped answering", *VLM_PHASES
+        600.0,
+        "seconds to wait for a server that stopped answering",
+        *VLM_PHASES,
+        least=0,
+        most=1e6,
     )
-    temperature: float = _knob(0.7, "sampling temperature of the VLM", *VLM_PHASES)
-    num_predict: int = _knob(160, "tokens that a description may have", *VLM_PHASES)
-    num_ctx: int = _knob(2048, "context length asked of the VLM, tokens", *VLM_PHASES)
-    keep_alive: str = _knob("30m", "how long the server keeps models", *VLM_PHASES)
-    connect_timeout: float = _knob(5.0, "seconds to reach the server", *VLM_PHASES)
-    # On two processor cores a model of llava-phi3's size takes some 100 s to read a new
-    # image and prompt, and the request behind it waits for its turn.
-    read_timeout: float = _knob(
-        600.0, "seconds to wait for one answer before it is asked again", *VLM_PHASES
+    temperature: float = _knob(
+        0.7, "sampling temperature of the VLM", *VLM_PHASES, least=0, most=100
     )
-    load_timeout: float = _knob(
-        900.0, "seconds that the server may take to load a model", *VLM_PHASES
+    num_predict: int = _knob(
+        160, "tokens that a description may have", *VLM_PHASES, least=1
     )
-    retries: int = _knob(
-        5, "times that a request is tried before it is given up", *VLM_PHASES
+    num_ctx: int = _knob(
+        2048, "context length asked of the VLM, tokens", *VLM_PHASES, least=1
     )
-    retry_pause: float = _knob(
-        0.5, "seconds before the second try; doubles with each one", *VLM_PHASES
+    keep_alive: str = _knob(
+        "30m", "how long the server keeps models: 30m, seconds, or -1", *VLM_PHASES
     )
 
-    descriptions: int = _knob(50, "descriptions per labelled image", 2)
+    jobs: int = _knob(0, "worker processes; 0 means one per core", 1, least=0)
+    max_image_mb: int = _knob(
+        2048, "reject images that would decode to more megabytes than this", 1, least=1
+    )
+    item_timeout_s: float = _knob(
+        10.0,
+        "give up on a file after this many seconds, times 1 + its decoded size / 16 MB",
+        1,
+        above=0,
+        most=1e6,
+    )
+
+    descriptions: int = _knob(50, "descriptions per labelled image", 2, least=1)
     generic_share: float = _knob(
-        0.2, "share of the descriptions asked with the generic prompts, 0 to 1", 2
+        0.2,
+        "share of the descriptions asked with the generic prompts, 0 to 1",
+        2,
+        least=0,
+        most=1,
     )
     estimate: bool = _knob(
         False, "ask a few descriptions, print the expected duration and stop", 2
+    )
+    finished_only: bool = _knob(
+        False, "ask nothing: write the dataset of the images that are complete", 2
     )
 
     group_by: str = _knob(
@@ -326,38 +361,38 @@ class Config:
     search: str = _knob(
         "none", "hyper-parameter search", 3, choices=("none", "short", "full")
     )
-    seed: int = _knob(0, "seed of folds and permutations", 3)
-    folds: int = _knob(5, "folds of the cross-validation", 3)
+    seed: int = _knob(0, "seed of folds and projections", 3, least=0, most=2**32 - 1)
+    folds: int = _knob(5, "folds of the cross-validation", 3, least=2)
     kernel: str = _knob("linear", "kernel of the SVC", 3, choices=("linear", "rbf"))
-    c: float = _knob(0.01, "penalty C of the SVC", 3)
-    gamma: float = _knob(1.0, "width of the rbf kernel, times 1/n_features", 3)
-    pool: int = _knob(
-        0, "rows of one image averaged into a training vector; 0 chooses", 3
-    )
-    repeats: int = _knob(
-        0, "repetitions of the folds; 0 means more for fewer images, 1 to 5", 3
-    )
-    permutations: int = _knob(
-        0, "label permutations; 0 means more for fewer images, 3 to 20", 3
-    )
-    skip_pixels: bool = _knob(
-        False, "leave out the pixel baseline, which decodes every labelled file", 3
-    )
+    c: float = _knob(0.01, "penalty C of the SVC", 3, above=0, most=1e9)
     max_error: float = _knob(
-        0.05, "share of errors accepted among the answered images", 3
+        0.05, "share of errors aimed at among the answered images", 3, least=0, most=1
+    )
+    known_refused: float = _knob(
+        0.05, "share of known images that may seem new, 0 to 1", 3, least=0, most=1
     )
 
     inference_descriptions: int = _knob(
-        10, "generic descriptions per new image", 3, 4, flag="descriptions"
+        10, "generic descriptions per new image", 3, 4, flag="descriptions", least=1
     )
     json: bool = _knob(False, "print one JSON object per image", 4)
     csv: Path | None = _knob(None, "also write the results to this CSV file", 4)
     copy_to: Path | None = _knob(
         None, "copy every image into a folder of its class below this one", 4
     )
+    one_reader: bool = _knob(False, "decide by the descriptions alone", 4)
+    any_modality: bool = _knob(
+        False, "don't refuse a Modality that training does not have", 4
+    )
+    ask_all: bool = _knob(
+        False, "ask all questions, also where they are not needed to decide", 4
+    )
     force: bool = _knob(
         False, "answer although model and server no longer match; says so", 4
     )
+
+    verbose: bool = _knob(False, "say more about every item", *ALL_PHASES)
+    quiet: bool = _knob(False, "say nothing but results and errors", *ALL_PHASES)
 
     def folder(self, name: str) -> Path:
         """The path of the folder field `name`, below the base directory."""
@@ -379,6 +414,11 @@ class Config:
     def in_flight(self) -> int:
         """Bound of the semaphore: requests in flight at once."""
         return self.concurrency or self.server_parallel + 1
+
+
+GROUPS = {"base": "folders", "host": "server and models", "jobs": "this phase"}
+GROUPS |= {"verbose": "output"}
+"""The field that begins each group of `--help`, and the group's title."""
 
 
 def parse_config(
@@ -411,90 +451,73 @@ def parse_config(
         With code 2 on an unknown flag or a bad value, 0 after ``--help``.
     """
     parser = argparse.ArgumentParser(
-        description=documentation,
+        description=documentation.replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=PROGRAM_VERSION)
     if positional:
         name, help_text = positional
         parser.add_argument("paths", nargs="+", type=Path, metavar=name, help=help_text)
-    knobs = [knob for knob in fields(Config) if phase in knob.metadata["phases"]]
-    for knob in knobs:
-        _add_flag(parser, knob)
+    group = parser.add_argument_group("")
+    for knob in fields(Config):
+        if knob.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[knob.name])
+        if phase in knob.metadata["phases"]:
+            _add_flag(group, knob)
     values = vars(parser.parse_args(argv))
     paths = values.pop("paths", [])
-    problem = _first_problem(values)
-    if problem:
-        parser.error(problem)
     return Config(**values), paths
 
 
-def _add_flag(parser: argparse.ArgumentParser, knob: Field[Any]) -> None:
+def _add_flag(group: Any, knob: Field[Any]) -> None:
     flag = "--" + (knob.metadata["flag"] or knob.name).replace("_", "-")
     help_text = knob.metadata["help"].replace("%", "%%")
     if isinstance(knob.default, bool):
-        parser.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
+        group.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
         return
-    assert knob.default is not MISSING
-    shown = "" if knob.default in (None, "") else f" (default: {knob.default})"
-    is_path = knob.default is None or isinstance(knob.default, Path)
-    parser.add_argument(
+    default: Any = knob.default
+    shown = "" if default in (None, "") else f" (default: {default})"
+    choices = knob.metadata["choices"]
+    group.add_argument(
         flag,
         dest=knob.name,
-        type=Path if is_path else type(knob.default),
+        type=_reader(knob),
         default=knob.default,
-        choices=knob.metadata.get("choices"),
-        metavar=None if "choices" in knob.metadata else knob.name.upper(),
+        choices=choices,
+        metavar=None if choices else knob.name.upper(),
         help=help_text + shown,
     )
 
 
-_AT_LEAST = {
-    "jobs": 0,
-    "max_image_mb": 1,
-    "concurrency": 0,
-    "server_parallel": 1,
-    "wait": 0,
-    "temperature": 0,
-    "num_predict": 1,
-    "num_ctx": 1,
-    "retries": 1,
-    "retry_pause": 0,
-    "descriptions": 1,
-    "inference_descriptions": 1,
-    "seed": 0,
-    "folds": 2,
-    "pool": 0,
-    "repeats": 0,
-    "permutations": 0,
-}
-_ABOVE_ZERO = (
-    "item_timeout_s",
-    "connect_timeout",
-    "read_timeout",
-    "load_timeout",
-    "c",
-    "gamma",
-)
-_SHARES = ("generic_share", "max_error")
-_SECONDS = (
-    *("item_timeout_s", "connect_timeout", "read_timeout", "load_timeout"),
-    *("wait", "retry_pause"),
-)
-_MAX_SECONDS = 1e6
-"""Eleven days; the clocks of the operating system end somewhere beyond."""
+def _reader(knob: Field[Any]) -> Callable[[str], Any]:
+    """Turns a flag's text into its value; argparse names the flag where it can't."""
+    if knob.name == "keep_alive":
+        return _duration
+    if knob.default is None or isinstance(knob.default, Path):
+        return Path
+    kind: Any = type(knob.default)
+    limits = knob.metadata["limits"]
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if "least" in limits and not value >= limits["least"]:  # NaN, too
+            raise argparse.ArgumentTypeError(f"must be at least {limits['least']:g}")
+        if "above" in limits and not value > limits["above"]:
+            raise argparse.ArgumentTypeError(f"must be above {limits['above']:g}")
+        if "most" in limits and not value <= limits["most"]:
+            raise argparse.ArgumentTypeError(f"must be at most {limits['most']:.10g}")
+        return value
+
+    read.__name__ = {"int": "whole number", "float": "number"}.get(
+        kind.__name__, kind.__name__
+    )
+    return read
 
 
-def _first_problem(values: dict[str, Any]) -> str | None:
-    """What is wrong with the values, if anything: NaN fails every comparison."""
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if name in _AT_LEAST and not value >= _AT_LEAST[name]:
-            return f"{flag} must be at least {_AT_LEAST[name]}, not {value}"
-        if name in _ABOVE_ZERO and not value > 0:
-            return f"{flag} must be greater than 0, not {value}"
-        if name in _SECONDS and not value <= _MAX_SECONDS:
-            return f"{flag} must be at most {_MAX_SECONDS:.0f} s, not {value}"
-        if name in _SHARES and not 0 <= value <= 1:
-            return f"{flag} must be between 0 and 1, not {value}"
-    return None
+def _duration(text: str) -> str:
+    if not GO_DURATION.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration: write 30m, 1h30m, a number of seconds or -1"
+        )
+    return text
