@@ -6,6 +6,7 @@ Writes  dataset_final_vlm/
           dataset_y.npy         str (n_rows,), the class of each row
           dataset_filas.csv     one line per row: image, prompt, seed, description
           dataset_imagenes.csv  one line per image: file, class, header, times
+          dataset_pixeles.npy   float32 (n_images, 40), statistics of each picture
           descripciones/        the journal: every answer, on disk at once
           rechazados.csv        what is not in the dataset, and why
           manifiesto.json       with what all this was made; written last
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -81,6 +83,8 @@ class LabelledImage:
     image_id: str
     view_id: str
     header: Mapping[str, str]
+    statistics: NDArray[np.float32]
+    """(40,), of the picture: see `utils.picture_statistics`."""
 
 
 @dataclass
@@ -165,13 +169,14 @@ def identify(
     return sorted(unique.values(), key=lambda image: (image.label, image.image_id))
 
 
-def _identified(path: Path) -> tuple[str, str, Mapping[str, str]] | str:
-    """Ids and header, or why there are none; thousands of pictures are not kept."""
+def _identified(path: Path) -> tuple[Any, ...] | str:
+    """What LabelledImage holds, or why there is nothing; the pictures are not kept."""
     try:
         image = utils.prepare_image(path)
     except RejectedError as error:
         return str(error)
-    return image.image_id, image.view_id, image.header
+    statistics = utils.picture_statistics(image.grey)
+    return image.image_id, image.view_id, image.header, statistics
 
 
 def warn_of_counts(images: Sequence[LabelledImage]) -> None:
@@ -489,6 +494,8 @@ def write_dataset(
         text.detach()
     with utils.atomic_write(folder / config.DATASET_Y) as y:
         np.save(y, np.array(labels))
+    with utils.atomic_write(folder / config.DATASET_PIXELS) as pixels:
+        np.save(pixels, np.array([image.statistics for image in images]))
     utils.write_csv(folder / config.DATASET_IMAGES, IMAGE_COLUMNS, image_lines)
     return manifest(images, shape, quality, book, cfg)
 
@@ -517,12 +524,8 @@ def manifest(
 ) -> dict[str, Any]:
     """With what the folder was made, for phase 3 and for the record."""
     folder = cfg.folder("dataset_dir")
-    files = (
-        config.DATASET_X,
-        config.DATASET_Y,
-        config.DATASET_ROWS,
-        config.DATASET_IMAGES,
-    )
+    files = (config.DATASET_X, config.DATASET_Y, config.DATASET_PIXELS)
+    lists = (config.DATASET_ROWS, config.DATASET_IMAGES)
     return {
         "program_version": config.PROGRAM_VERSION,
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -539,7 +542,7 @@ def manifest(
         },
         "quality_per_prompt": quality.as_dict(),
         "probe_vector": utils.pack_vector(book.facts.probe),
-        "sha256": {name: utils.sha256_of(folder / name) for name in files},
+        "sha256": {name: utils.sha256_of(folder / name) for name in (*files, *lists)},
     }
 
 

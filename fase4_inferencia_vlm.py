@@ -30,7 +30,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -227,8 +226,9 @@ class Inference:
                 some, turn.stays = asked[:stage], stage < len(asked)
                 await utils.ask(picture, some, answers, turn)
                 result.texts = answers.texts(some)
-                rows = np.stack([answers.vector(text) for text in result.texts])
-                decision = utils.decide(model, rows, pixels, modality, stage, **how)
+                rows = answers.rows(some)
+                limits = stage if stage in model.stages else model.stages[-1]
+                decision = utils.decide(model, rows, pixels, modality, limits, **how)
                 if not decision.reason and not self._cfg.ask_all:
                     break
         except RejectedError as error:
@@ -247,7 +247,7 @@ def _prepared(result: Result) -> None:
 # --- What comes out -----------------------------------------------------------------
 
 
-def record(result: Result, made_with: Mapping[str, str]) -> dict[str, Any]:
+def record(result: Result, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """One result with stable keys, for --json; README lists them."""
     decision, picture = result.decision, result.picture
     image_id = picture.image_id if picture else ""
@@ -300,38 +300,25 @@ def details(result: Result) -> Iterator[str]:
         yield f"    - {' '.join(text.split())}"
 
 
-TABLE_START = (
-    "file",
-    "image_id",
-    "class",
-    "best_class",
-    "reason",
-    "stage",
-    "questions",
+TABLE_COLUMNS = (
+    *("file", "image_id", "class", "best_class", "reason", "stage", "questions"),
+    *("descriptions_say", "descriptions_novelty", "descriptions_nearest"),
+    *("picture_says", "picture_novelty", "picture_nearest", "error", "warnings"),
+    *("time", "program_version", "vlm_digest", "embedder_digest", "model"),
 )
-TABLE_READERS = tuple(
-    f"{reader}_{part}"
-    for reader in ("descriptions_say", "picture_says")
-    for part in ("label", "novelty", "nearest")
-)
-TABLE_END = ("error", "time", "program_version", "vlm_digest", "embedder_digest")
-TABLE_END += ("model", "warnings")
 
 
 def table_row(found: Mapping[str, Any]) -> dict[str, object]:
     """The flat row of a record: a column per class, reader and part of an opinion."""
-    flat: dict[str, object] = {
-        name: value
-        for name, value in found.items()
-        if not isinstance(value, list | dict)
-    }
-    for reader in ("descriptions_say", "picture_says"):
-        for part, value in (flat.pop(reader, None) or found.get(reader) or {}).items():
-            shown = "; ".join(value) if isinstance(value, list) else value
-            flat[f"{reader}_{part}"] = shown
-    for name, share in found.get("confidences", {}).items():
-        flat[f"confidence_{name}"] = share
-    return flat
+    flat = {k: v for k, v in found.items() if not isinstance(v, list | dict)}
+    for say in ("descriptions_say", "picture_says"):
+        if opinion := found.get(say):
+            name = say.split("_", maxsplit=1)[0]
+            flat[say], flat[f"{name}_novelty"] = opinion["label"], opinion["novelty"]
+            flat[f"{name}_nearest"] = "; ".join(opinion["nearest"])
+    flat["warnings"] = "; ".join(found.get("warnings", ()))
+    shares = found.get("confidences", {})
+    return flat | {f"confidence_{name}": share for name, share in shares.items()}
 
 
 class Table:
@@ -343,7 +330,7 @@ class Table:
         shares = [f"confidence_{name}" for name in classes]
         self._writer = csv.DictWriter(
             utils.csv_text(self._file),
-            [*TABLE_START, *shares, *TABLE_READERS, *TABLE_END],
+            [*TABLE_COLUMNS, *shares],
             extrasaction="ignore",
             lineterminator="\n",
         )
@@ -353,6 +340,10 @@ class Table:
         """Write one row; it is in the file when this returns."""
         self._writer.writerow(table_row(found))
         self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def copy_into(folder: Path, result: Result, book: AnswerBook) -> None:
@@ -413,8 +404,11 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
     check_conditions(metrics, None, cfg)
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    table = Table(cfg.csv, metrics["class_names"]) if cfg.csv else None
-    return utils.run_async(classify(files, metrics, table, cfg))
+    with ExitStack() as opened:
+        table = Table(cfg.csv, metrics["class_names"]) if cfg.csv else None
+        if table:
+            opened.callback(table.close)
+        return utils.run_async(classify(files, metrics, table, cfg))
 
 
 async def classify(
@@ -443,7 +437,7 @@ async def classify(
                 "vlm_digest": facts.vlm_digest,
                 "embedder_digest": facts.embedder_digest,
                 "model": utils.sha256_of(folder / config.METRICS)[:12],
-                "warnings": "; ".join(warnings),
+                "warnings": warnings,
             }
 
             def deliver(result: Result) -> None:

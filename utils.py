@@ -1744,6 +1744,11 @@ class ImageAnswers:
         """The chosen answers to questions that all have one."""
         return [answer.text for q in asked if (answer := self.chosen(q))]
 
+    def rows(self, asked: Sequence[Question]) -> NDArray[np.float32]:
+        """Their embeddings, float32 (n_questions, n_features)."""
+        vectors = [self.vector(text) for text in self.texts(asked)]
+        return np.stack([vector for vector in vectors if vector is not None])
+
     def _refused(self, text: str) -> bool:
         record = self.journal.get(self.vector_key(text))
         return record is not None and not record.get("vector")
