@@ -58,6 +58,15 @@ JOURNAL_DIR = "descripciones"
 CLASSIFIER, SCALER = "clasificador_svc.joblib", "escalador.joblib"
 """Phase 3: scikit-learn objects that load with scikit-learn and numpy alone."""
 
+THUMBNAIL_DIR = "miniaturas"
+"""Phase 2: one JPEG per image, by its id, for the pages of phases 3 and 4."""
+
+SHEET, SHEET_THUMBNAILS = "vista_previa.html", ".miniaturas"
+"""Phase 1: the page to label from, and one JPEG per written file."""
+
+REPORT = "informe.html"
+"""Phase 3: all that the console says, with the training images."""
+
 CONFUSION_MATRIX, METRICS = "matriz_de_confusion.png", "metricas.json"
 """Phase 3: the figure, and the figures; METRICS is written last."""
 
@@ -377,6 +386,9 @@ class Config:
     )
     json: bool = _knob(False, "print one JSON object per image", 4)
     csv: Path | None = _knob(None, "also write the results to this CSV file", 4)
+    html: Path | None = _knob(
+        None, "also write a page with the pictures to this HTML file", 4
+    )
     copy_to: Path | None = _knob(
         None, "copy every image into a folder of its class below this one", 4
     )

@@ -2952,6 +2952,13 @@ PAGE_TILES = 500
 """Images a page: more are slow to open, and go to further pages."""
 
 
+HOW_TO_MARK = (
+    "To mark images: click, Shift+click or drag over a run, Ctrl+click, or arrow keys "
+    "and Space. To give them a class: its key (1 to 9) or n and a name; u takes it "
+    "back. Save, then run: python fase1_descompresion.py --labels etiquetas.csv"
+)
+
+
 class Tile(NamedTuple):
     """One image on a page."""
 
@@ -3003,10 +3010,16 @@ class Sheet(NamedTuple):
 
 
 def thumbnail(grey: NDArray[np.uint8]) -> bytes:
-    """JPEG of at most 160 pixels a side, about 2 to 4 kB, of uint8 (rows, columns)."""
-    image = Image.fromarray(grey)
+    """JPEG of at most 160 pixels a side and about 2 to 4 kB.
+
+    Parameters
+    ----------
+    grey : ndarray, uint8 (rows, columns)
+        With or without the padding of `prepare_image`.
+    """
+    image = Image.fromarray(_without_padding(grey))
     image.thumbnail((160, 160), Image.Resampling.BOX)
-    for quality in (75, 55, 35, 20):
+    for quality in (75, 55, 35, 20, 10):
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=quality)
         if jpeg.tell() <= 4000:
@@ -3160,7 +3173,8 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 {% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
 <h3><bdi>{{ t.name }}</bdi></h3>
 {% if t.near %}<div class="rest row">{% for key, name in t.near %}
-<small>{{ picture(key, name) }}<bdi>{{ name }}</bdi></small>{% endfor %}</div>
+<small>{{ picture(key, name) }}<bdi>{{ name.split("/")[0] }}</bdi></small>
+{% endfor %}</div>
 {% endif %}
 {% if t.details %}<details class="rest"><summary>descriptions</summary>
 {% for line in t.details %}<p><bdi>{{ line }}</bdi></p>{% endfor %}</details>{% endif %}
