@@ -20,6 +20,7 @@ only, one decision per image, by the very rule that phase 4 applies.
 import io
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -1380,15 +1381,21 @@ def report_lines(metrics: Mapping[str, Any], verbose: bool) -> Iterable[str]:
     yield from class_lines(metrics)
     yield ""
     yield from confusion_lines(metrics)
-    yield "\nAccuracy of the descriptions, counted in other ways"
+    yield ""
+    yield from check_lines(metrics)
+    yield ""
+    yield from suspect_lines(metrics, verbose)
+    yield from (f"WARNING: {warning}" for warning in metrics["warnings"])
+
+
+def check_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
+    """What flatters, and what could be wrong."""
+    yield "Accuracy of the descriptions, counted in other ways"
     for name, value in metrics["comparison"].items():
         yield f"  {name:<50} {value if isinstance(value, str) else shown(value)}"
     yield "\nChecks"
     for check in metrics["checks"]:
         yield f"  {check['name']:<16} {check['finding']}"
-    yield ""
-    yield from suspect_lines(metrics, verbose)
-    yield from (f"WARNING: {warning}" for warning in metrics["warnings"])
 
 
 def decision_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
@@ -1469,6 +1476,7 @@ def reader_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
 
 def class_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     found, answered = metrics["evaluation"], metrics["decision"]["classes"]
+    yield "The descriptions' reader, class by class"
     yield f"  commonest class    {found['majority_rate']:.2f}"
     yield f"  balanced accuracy  {shown(found['balanced_accuracy'])}"
     rows = sorted(
@@ -1588,6 +1596,88 @@ def threshold_warnings(
         )
 
 
+# --- The report as a page -------------------------------------------------------------
+
+
+def report_sheet(data: Dataset, metrics: Mapping[str, Any], cfg: Config) -> utils.Sheet:
+    """All that the console says, and the images, the likeliest wrong labels first."""
+    folder, listed = cfg.folder("dataset_dir"), metrics["held_out"]
+    ids, names = [line["image_id"] for line in data.lines], metrics["class_names"]
+    doubtful = {  # these are shown with their descriptions and the nearest images
+        each["image_id"]
+        for place, each in enumerate(listed)
+        if place < len(listed) / 10 or each["class"] != each["descriptions_say"]
+    }
+    texts: dict[str, list[str]] = {}
+    for row in utils.read_csv(folder / config.DATASET_ROWS):
+        if row["image_id"] in doubtful and row["prompt_set"] == "generic":
+            texts.setdefault(row["image_id"], []).append(row["description"])
+    scaled = StandardScaler().fit_transform(data.pixels)
+    found = utils.fit_neighbours(scaled, 4).kneighbors(scaled, return_distance=False)
+    near = {
+        ids[image]: [(ids[at], data.files[at]) for at in others if at != image][:3]
+        for image, others in enumerate(found.tolist())
+        if ids[image] in doubtful
+    }
+    tiles = [
+        utils.Tile(
+            name=each["file"],
+            picture=each["image_id"],
+            label=each["class"],
+            state=f"{each['class']} → {each['descriptions_say']}",
+            shares={f"for {each['class']}": each["own_probability"]},
+            lines=[f"picture says {each['picture_says']}", each["reason"]],
+            near=near.get(each["image_id"], ()),
+            details=texts.get(each["image_id"], ()),
+        )
+        for each in listed
+    ]
+    behind = Counter(tile.state for tile in tiles)
+    matrix: list[list[str | tuple[str, str]]] = [["is", *(f"→ {n}" for n in names)]]
+    for name in names:
+        states = [f"{name} → {says}" for says in names]
+        matrix.append([name, *((str(behind[state]), state) for state in states)])
+    sections = [utils.Section("Read this first", metrics["warnings"], warning=True)]
+    for lines in (decision_lines, reader_lines, class_lines, check_lines):
+        first, *others = "\n".join(lines(metrics)).split("\n")
+        sections.append(utils.Section(first, others))
+    thumbnails = (folder / config.THUMBNAIL_DIR / f"{image}.jpg" for image in ids)
+    return utils.Sheet(
+        title=f"How good the model is: {next(iter(report_lines(metrics, False)))}",
+        folder="",
+        tiles=tiles,
+        pictures={p.stem: p.read_bytes() for p in thumbnails if p.is_file()},
+        classes=names,
+        sections=[
+            *sections[not metrics["warnings"] :],
+            utils.Section("Images by the descriptions; a number shows them", (), matrix),
+            utils.Section("Figures", charts=charts(metrics)),
+            utils.Section("Is the label right? The least probable stand first"),
+        ],
+        foot=["This page shows training images. The model works without it."],
+    )
+
+
+def charts(metrics: Mapping[str, Any]) -> list[utils.Chart]:
+    """Reliability, errors by share answered, accuracy by number of descriptions."""
+    found, repeats = metrics["confidence"], metrics["splits"]["repeats"]
+    bins = [(b["confidence"], b["right"], b["images"] / repeats) for b in found["bins"]]
+    sure = [(x, right, *wilson(right, n)) for x, right, n in bins]
+    errors = [(share, error, error, error) for share, error in found["curve"]]
+    top = next(y for y in (0.1, 0.2, 0.4, 1) if y >= max(e[1] for e in errors))
+    counted = [
+        (int(name.split()[0]), value["value"], *value["interval"])
+        for name, value in metrics["comparison"].items()
+        if name[0].isdigit()
+    ]
+    most = max((at for at, *_ in counted), default=1)
+    return [
+        utils.Chart("Right, by confidence", "confidence", sure, diagonal=True),
+        utils.Chart("Errors, by share answered", "share answered", errors, y_max=top),
+        utils.Chart("Accuracy, by descriptions", "descriptions", counted, x_max=most),
+    ]
+
+
 # --- The phase ------------------------------------------------------------------------
 
 
@@ -1694,8 +1784,12 @@ def run(cfg: Config) -> int:
 
     metrics["warnings"] = list(find_warnings(data, metrics, cfg))
     write_model(cfg.folder("model_dir"), data, chosen, metrics)
+    utils.page(
+        cfg.folder("model_dir") / config.REPORT, report_sheet(data, metrics, cfg)
+    )
     print(*report_lines(metrics, cfg.verbose), sep="\n")
     print(f"\nmodel and figures in {cfg.folder('model_dir')}")
+    print(f"with pictures: {cfg.folder('model_dir') / config.REPORT}")
     print("next: python fase4_inferencia_vlm.py FILE_OR_FOLDER …")
     return utils.EXIT_DONE
 

@@ -415,7 +415,7 @@ class Gallery:
             pictures=self._pictures,
             classes=self._classes,
             sections=[utils.Section(title, [first, utils.HOW_TO_MARK])],
-            foot=[f"{name}: {value}" for name, value in self._made_with.items()],
+            foot=[f"{k}: {v}" for k, v in self._made_with.items() if v],
         )
         utils.page(self._path, sheet)
 

@@ -3075,8 +3075,9 @@ _PAGE = r"""<!doctype html>
 <polyline points="{% for p in c.points %}{{ x(p[0]) }},{{ y(p[1]) }} {% endfor %}"/>
 {% for p in c.points %}
 <path class="span" d="M{{ x(p[0]) }} {{ y(p[2]) }}V{{ y(p[3]) }}"/>
-<circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="4"><title>{{ shown(p[0], c.x_max)
- }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to {{ shown(p[3]) }})</title></circle>
+<circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="{{ 4 if c.points|length < 20 else 2 }}">
+<title>{{ shown(p[0], c.x_max) }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to
+ {{ shown(p[3]) }})</title></circle>
 {% endfor %}</svg></figure>{% endmacro %}
 <html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none';
@@ -3120,7 +3121,8 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 .tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0 }
 .tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
 .tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
-.tile h3 { font: 11px/1.3 ui-monospace, monospace; color: var(--dim) }
+.mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace }
+.mono { white-space: pre-wrap; padding-left: 21ch; text-indent: -21ch }
 .wide .tile > img { width: 160px; float: left; margin-right: 10px }
 .rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
 .rest small, .rest img { width: 84px; color: var(--dim) }
@@ -3135,7 +3137,8 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
  data-save="etiquetas{{ "_%d"|format(number + 1) if paths|length > 1 }}.csv">
 <h1><bdi>{{ sheet.title }}</bdi></h1><div id="sections">{% for s in sheet.sections %}
 <section{% if s.warning %} class="warning"{% endif %}><h2>{{ s.title }}</h2>
-{% for line in s.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
+{% for line in s.lines %}<p{% if line[:2] == "  " %} class="mono"{% endif %}
+><bdi>{{ line }}</bdi></p>{% endfor %}
 <table>{% for row in s.rows %}{% set tag = "th" if loop.first else "td" %}<tr>
 {% for cell in row %}<{{ tag }}>{% if cell is string %}<bdi>{{ cell }}</bdi>{% else %}
 <button data-show="{{ cell[1] }}" title="{{ cell[1] }}">{{ cell[0] }}</button>
@@ -3198,7 +3201,8 @@ function load() { // another window may have changed them
 }
 function chose() {
   for (const tile of all(".mark")) tile.classList.toggle("on", box(tile).checked);
-  say(`${chosen().length} marked, ${all(".tile:not([hidden])").length} shown`);
+  const shown = `${all(".tile:not([hidden])").length} shown`;
+  say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
 }
 function choose(from, to) { // marks the images from one to another, and no others
   const list = seen(), ends = [list.indexOf(from), list.indexOf(to)];
