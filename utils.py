@@ -902,7 +902,9 @@ class Pixels:
 
 
 def decode(
-    dataset: Dataset, limit_mb: int = config.Config.max_image_mb, only: int = -1
+    dataset: Dataset,
+    limit_mb: int = config.Config.max_image_mb,
+    middle_only: bool = False,
 ) -> Pixels:
     """Stored values of an image, by one rule for every transfer syntax.
 
@@ -912,8 +914,8 @@ def decode(
         As `read_dicom` returns it, or an item of it such as an icon.
     limit_mb : int
         Refuse images that would take more megabytes.
-    only : int, optional
-        Decode this frame alone.
+    middle_only : bool
+        Decode the one frame that stands for a multi-frame image.
 
     Raises
     ------
@@ -935,6 +937,8 @@ def decode(
         size_mb = layout.size >> 20
         raise RejectedError(f"would decode to {size_mb} MB: see --max-image-mb")
     wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
+    middle = layout.frames // 2
+    wanted = slice(middle, middle + 1) if middle_only else slice(None)
     precision, codec = 0, ""
     if wrapped or getattr(element, "length", 0) == UNDEFINED_LENGTH:
         streams = _streams(value, layout.frames, notes)
@@ -942,8 +946,7 @@ def decode(
         precision, codec = facts.precision, facts.codec
         if codec not in _CODECS.get(uid, codec):
             notes.append(f"said {uid.name}, is {codec}")
-        wanted = streams if only < 0 else streams[only : only + 1]
-        frames = [decode_stream(one, layout, notes) for one in wanted]
+        frames = [decode_stream(one, layout, notes) for one in streams[wanted]]
         values = frames[0][None] if len(frames) == 1 else np.stack(frames)
         layout = layout.decoded(facts)
     elif not is_known:  # some have another byte order
@@ -952,13 +955,13 @@ def decode(
         if uid and uid.is_compressed and not uid.is_deflated:
             notes.append("said compressed, is not")
         values = _native(value, element, layout, not uid or uid.is_little_endian, notes)
-        values = values if only < 0 else values[only : only + 1]
+        values = values[wanted]
         layout = replace(layout, bits_allocated=8 * values.itemsize)
     planes = _embedded_overlays(dataset, layout)
-    if only >= 0 and layout.frames > 1 and not _fits(values, layout):
+    if middle_only and layout.frames > 1 and not _fits(values, layout):
         # Whether more bits are used than the header says, all frames decide.
         whole = decode(dataset, limit_mb)
-        return replace(whole, values=whole.values[only : only + 1])
+        return replace(whole, values=whole.values[wanted])
     overlays = {
         group: np.packbits(_bits(values) >> bit & 1, bitorder="little").tobytes()
         for group, bit in planes.items()
@@ -1022,7 +1025,7 @@ def _stored(
 ) -> tuple[NDArray[Any], PixelLayout]:
     """The stored values of decoded samples: what is outside BitsStored is no pixel.
 
-    Bits above that vary from sample to sample and are not `named` as an overlay tell
+    Bits outside that vary from sample to sample and are not `named` as an overlay tell
     that the header is wrong, not the image: then BitsStored grows. Those that only
     repeat the sign are its extension, and those that never change mean nothing.
     """
@@ -1038,12 +1041,11 @@ def _stored(
             changes = int(np.bitwise_or.reduce(flat ^ flat >> 1))
             while used > top and not changes >> used - 2 & 1:
                 used -= 1
-        grown = max(used, precision) - low if used > top else layout.bits_stored
-        if used > top:
-            notes.append(f"bits stored {layout.bits_stored} -> {grown}: they are used")
-        top = max(used, top)
+        low, top = 0 if varying & (1 << low) - 1 else low, max(used, top)
         samples = (bits << width - top).view(samples.dtype) >> width - top + low
-        layout = replace(layout, bits_stored=grown)
+        if top - low != (stored := layout.bits_stored):
+            layout = replace(layout, bits_stored=max(top, precision) - low)
+            notes.append(f"bits stored {stored} -> {layout.bits_stored}: more are used")
     return samples, replace(layout, high_bit=layout.bits_stored - 1)
 
 
@@ -1075,7 +1077,7 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
     RejectedError, Exception
         As `decode`.
     """
-    pixels = decode(dataset, only=PixelLayout.of(dataset).frames // 2)
+    pixels = decode(dataset, middle_only=True)
     layout, flat = pixels.layout, pixels.values.ravel()
     if layout.photometric.endswith("_422"):
         data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
@@ -1192,7 +1194,9 @@ def decode_stream(
         pixels = _decode_jpeg(stream, facts)
     if pixels.ndim == 3 and pixels.shape[-1] != layout.samples:
         pixels = np.moveaxis(pixels, 0, -1)
-    pixels = _bits(np.ascontiguousarray(pixels.reshape(shape if layout.samples > 1 else shape[:2])))
+    pixels = _bits(
+        np.ascontiguousarray(pixels.reshape(shape if layout.samples > 1 else shape[:2]))
+    )
     spare, kind = 8 * pixels.itemsize - facts.precision, "i" if layout.signed else "u"
     if spare > 0:
         pixels = (pixels << spare).view(f"{kind}{pixels.itemsize}") >> spare
@@ -1223,25 +1227,21 @@ def _decode_jpeg(stream: Any, facts: StreamFacts) -> NDArray[Any]:
 
 def _decode_rle(stream: Any, layout: PixelLayout, notes: list[str]) -> NDArray[Any]:
     """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
-    dtype, plane = f"<u{layout.bits_allocated // 8}", layout.rows * layout.columns
-    decoded = imagecodecs.dicomrle_decode(stream, dtype)
-    expected = plane * layout.samples * layout.bits_allocated // 8
-    if len(decoded) > expected:  # padding that is no part of the image
-        count, *starts = struct.unpack_from("<16L", stream)
-        ends = [*starts[1:count], len(stream)]
-        parts = [
-            np.frombuffer(imagecodecs.packbits_decode(stream[start:end]), np.uint8)
-            for start, end in zip(starts, ends, strict=False)
-        ]
-        if min(map(len, parts)) >= plane:
-            notes.append(f"{len(decoded) - expected} bytes after RLE segments left out")
-            planes = np.stack([part[:plane] for part in parts], axis=-1)
-            planes = planes.reshape(plane, layout.samples, -1)[..., ::-1]
-            decoded = np.moveaxis(planes, 0, 1).tobytes()
-    if len(decoded) != expected:
-        raise RejectedError("is truncated: RLE segments are too short")
-    planes = np.frombuffer(decoded, dtype).reshape(-1, layout.rows, layout.columns)
-    return np.moveaxis(planes, 0, -1)
+    size, plane = layout.bits_allocated // 8, layout.rows * layout.columns
+    count, *starts = struct.unpack_from("<16L", stream)
+    if count != size * layout.samples:
+        raise RejectedError(f"has {count} RLE segments, not {size * layout.samples}")
+    decoded, excess = np.empty((plane, layout.samples, size), np.uint8), 0
+    for index, end in enumerate([*starts[1:count], len(stream)]):
+        segment = imagecodecs.packbits_decode(stream[starts[index] : end])
+        if len(segment) < plane:
+            raise RejectedError("is truncated: an RLE segment is too short")
+        sample, byte = divmod(index, size)
+        decoded[:, sample, -1 - byte] = np.frombuffer(segment, np.uint8, plane)
+        excess += len(segment) - plane
+    if excess:
+        notes.append(f"{excess} bytes after its RLE segments left out")
+    return decoded.view(f"<u{size}").reshape(layout.rows, layout.columns, -1)
 
 
 def stream_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
@@ -1338,7 +1338,7 @@ def prepare_image(path: Path) -> PreparedImage:
     png = io.BytesIO()
     Image.fromarray(view).save(png, "PNG", compress_level=1)
     return PreparedImage(
-        image_id=_digest(pixels), view_id=_digest(view), png=png.getvalue()
+        image_id=digest_of(pixels), view_id=digest_of(view), png=png.getvalue()
     )
 
 
@@ -1353,7 +1353,8 @@ def preparation() -> dict[str, Any]:
     }
 
 
-def _digest(array: NDArray[Any]) -> str:
+def digest_of(array: NDArray[Any]) -> str:
+    """SHA-256 of an array: its dtype, its shape and its values."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     digest = hashlib.sha256(f"{little.dtype.str}{little.shape}".encode())
     digest.update(little.data)
