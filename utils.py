@@ -1087,8 +1087,12 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
     RejectedError, Exception
         As `decode`.
     """
-    pixels = decode(dataset, middle_only=True)
-    layout, flat = pixels.layout, pixels.values.ravel()
+    return frame_of(decode(dataset, middle_only=True), 0)
+
+
+def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
+    """One frame as `decode_frame` gives it."""
+    layout, flat = pixels.layout, pixels.values[index].ravel()
     if layout.photometric.endswith("_422"):
         data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
         flat = np.frombuffer(data, flat.dtype)
@@ -3188,6 +3192,17 @@ def thumbnail(grey: NDArray[np.uint8]) -> bytes:
         if jpeg.tell() <= 4000:
             break
     return jpeg.getvalue()
+
+
+def preview(pixels: Pixels, dataset: Dataset) -> bytes:
+    """Thumbnail of the middle frame of a decoded image, for a tenth of its time.
+
+    Every n-th pixel, in the grey window of `prepare_image`: nearly what the VLM sees.
+    """
+    frame = frame_of(pixels, len(pixels.values) // 2)
+    step = max(1, max(frame.shape[:2]) // (2 * config.IMAGE_SIDE_PX))
+    values = _display_values(frame[::step, ::step], dataset)
+    return thumbnail(_window(_reduce(values, _pixel_aspect(dataset))))
 
 
 def page(path: Path, sheet: Sheet) -> None:
