@@ -3195,14 +3195,18 @@ def thumbnail(grey: NDArray[np.uint8]) -> bytes:
 
 
 def preview(pixels: Pixels, dataset: Dataset) -> bytes:
-    """Thumbnail of the middle frame of a decoded image, for a tenth of its time.
+    """Thumbnail of the middle frame of a decoded image, cheaply: of every n-th pixel.
 
-    Every n-th pixel, in the grey window of `prepare_image`: nearly what the VLM sees.
+    In the grey window of `prepare_image`, found on these pixels: nearly its picture.
     """
     frame = frame_of(pixels, len(pixels.values) // 2)
-    step = max(1, max(frame.shape[:2]) // (2 * config.IMAGE_SIDE_PX))
+    step = max(1, max(frame.shape[:2]) // 480)
     values = _display_values(frame[::step, ::step], dataset)
-    return thumbnail(_window(_reduce(values, _pixel_aspect(dataset))))
+    height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
+    scale = 160 / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = Image.fromarray(values).resize(size, Image.Resampling.BOX)
+    return thumbnail(_window(np.asarray(small)))
 
 
 def page(path: Path, sheet: Sheet) -> None:
