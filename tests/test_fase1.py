@@ -61,12 +61,16 @@ def run(base: Path, *flags: str) -> int:
 
 
 def manifest(base: Path) -> list[dict[str, str]]:
-    with (base / "f1_descomprimidos" / config.FILE_LIST).open(newline="", encoding="utf-8-sig") as file:
+    with (base / "f1_descomprimidos" / config.FILE_LIST).open(
+        newline="", encoding="utf-8-sig"
+    ) as file:
         return list(csv.DictReader(file))
 
 
 def rejected(base: Path) -> dict[str, str]:
-    with (base / "f1_descomprimidos" / config.REJECTED_LIST).open(newline="", encoding="utf-8-sig") as file:
+    with (base / "f1_descomprimidos" / config.REJECTED_LIST).open(
+        newline="", encoding="utf-8-sig"
+    ) as file:
         return {row["source"]: row["reason"] for row in csv.DictReader(file)}
 
 
@@ -721,7 +725,9 @@ def test_both_forms_of_a_date_are_understood(text: str) -> None:
     assert moment(StudyDate=text, StudyTime="1")[:8] == "20040119"
 
 
-@pytest.mark.parametrize("text", ["", "00000000", "00010101", "20241301", "20240230", "garbage"])
+@pytest.mark.parametrize(
+    "text", ["", "00000000", "00010101", "20241301", "20240230", "garbage"]
+)
 def test_an_impossible_date_is_none(text: str) -> None:
     assert moment(AcquisitionDate=text) == fase1.NO_DATE
 
@@ -808,6 +814,30 @@ def test_any_moment_is_read_back(when: Any) -> None:
     assert moment(AcquisitionDateTime=text) == expected
 
 
+def test_a_day_takes_its_time_from_the_acquisition_time() -> None:
+    attributes = {"AcquisitionDateTime": "20240105", "AcquisitionTime": "1030"}
+    assert moment(**attributes) == "20240105T103000.000000"
+    assert "AcquisitionDateTime + time of Acquisition" in source(**attributes)
+
+
+@pytest.mark.parametrize("name", ["Acquisition", "Content", "InstanceCreation"])
+def test_an_undated_time_is_worth_more_than_when_the_study_began(name: str) -> None:
+    attributes = {"StudyDate": "20240105", "StudyTime": "0930", f"{name}Time": "1030"}
+    assert moment(**attributes) == "20240105T103000.000000"
+    assert f"StudyDate/Time + time of {name}" in source(**attributes)
+
+
+def test_a_time_of_another_day_is_worth_nothing() -> None:
+    attributes = {"StudyDate": "20240105", "StudyTime": "0930"}
+    attributes |= {"InstanceCreationDate": "20240106", "InstanceCreationTime": "1030"}
+    assert moment(**attributes) == "20240105T093000.000000"
+
+
+def test_a_dated_exposure_keeps_its_own_time() -> None:
+    attributes = {"ContentDate": "20240105", "ContentTime": "1030"}
+    assert moment(**attributes, AcquisitionTime="11") == "20240105T103000.000000"
+
+
 def test_names_sort_as_the_exposures_were_made(base: Path) -> None:
     order = random.Random(1).sample(range(8), 8)
     for at, number in enumerate(order):
@@ -883,6 +913,104 @@ def test_different_sources_in_one_folder_are_warned_of(
     )
     main(["--base", str(base), "--jobs", "1"])
     assert "d was ordered by different attributes" in caplog.text
+
+
+def warnings_of(base: Path, caplog: pytest.LogCaptureFixture) -> str:
+    assert main(["--base", str(base), "--jobs", "1"]) == 0
+    return caplog.text
+
+
+def test_exposures_of_one_second_are_named_in_the_order_of_their_numbers(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, kv in enumerate(("60", "100", "80"), 1):
+        write(
+            base / "input_dicom" / kv,
+            exposure(seed=number),
+            number=number,
+            KVP=kv,
+            AcquisitionTime="101010",
+        )
+    assert "nothing orders them" not in warnings_of(base, caplog)
+    assert [row["source"] for row in manifest(base)] == ["60", "100", "80"]
+    assert [row["output"] for row in manifest(base)] == [p.name for p in outputs(base)]
+
+
+def test_images_that_nothing_orders_are_counted(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (1, 2, 3):
+        write(
+            base / "input_dicom" / str(number),
+            exposure(seed=number),
+            number=number,
+            AcquisitionTime="101010",
+            InstanceNumber=None,
+        )
+    warned = warnings_of(base, caplog)
+    assert "3 images share their moment with others, and nothing orders them" in warned
+
+
+def test_local_times_and_utc_are_warned_of_once(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(1, 5):
+        offset = {"TimezoneOffsetFromUTC": "+0100"} if number % 2 else {}
+        path = base / "input_dicom" / f"d{number // 3}" / str(number)
+        write(path, exposure(seed=number), number=number, **offset)
+    warned = warnings_of(base, caplog)
+    assert warned.count("UTC") == 1
+    assert "2 times are in UTC and 2 local" in warned
+
+
+def test_raw_and_processed_twins_are_warned_of_once_with_counts(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(1, 7):
+        intent = "FOR PRESENTATION" if number in (2, 4) else "FOR PROCESSING"
+        write(
+            base / "input_dicom" / str(number),
+            exposure(seed=number),
+            number=number,
+            AcquisitionTime=f"1010{(number + 1) // 2:02d}",
+            PresentationIntentType=intent,
+        )
+    warned = warnings_of(base, caplog)
+    assert warned.count("FOR PRESENTATION") == 1
+    assert "2 exposures are there twice: 2 images FOR PROCESSING and 2 FOR" in warned
+    found = [row["presentation_intent"] for row in manifest(base)]
+    assert found.count("FOR PRESENTATION") == 2
+
+
+def test_the_list_of_what_was_left_out_says_what_it_is(base: Path) -> None:
+    shutil.copyfile(BUNDLED / "rtplan.dcm", base / "input_dicom" / "plan")
+    write(
+        base / "input_dicom" / "cut",
+        exposure(),
+        uid.RLELossless,
+        SeriesDescription="=field",
+    )
+    data = (base / "input_dicom" / "cut").read_bytes()
+    (base / "input_dicom" / "cut").write_bytes(data.replace(b"\2\0\0\0@", b"\3\0\0\0@"))
+    put(base, "text", b"hello")
+    assert run(base) == 1
+    folder = base / "f1_descomprimidos"
+    rows = {one["source"]: one for one in utils.read_csv(folder / config.REJECTED_LIST)}
+    assert list(rows["plan"]) == [
+        *("source", "reason", "modality", "sop_class", "series_description")
+    ]
+    assert rows["plan"]["modality"] == "RTPLAN"
+    assert rows["cut"]["series_description"] == "'=field"
+    assert "Digital X-Ray" in rows["cut"]["sop_class"]
+    assert rows["text"]["modality"] == ""
+
+
+@pytest.mark.parametrize("name", [config.FILE_LIST, config.REJECTED_LIST])
+def test_lists_begin_as_a_spanish_excel_needs_it(base: Path, name: str) -> None:
+    collection(base, 1)
+    run(base)
+    data = (base / "f1_descomprimidos" / name).read_bytes()
+    assert data.startswith(b"\xef\xbb\xbf")
 
 
 def test_more_warnings_than_fit_are_counted(
@@ -1557,6 +1685,52 @@ def test_a_uid_that_only_the_file_meta_group_has_identifies_as_well(
     label(base, outputs(base)[0], "renamed.dcm")
     assert run(base) == 0
     assert outputs(base) == []
+
+
+def written_by_version_1_0(base: Path) -> None:
+    """Turn outputs into what version 1.0 left: names without number, its own state."""
+    folder = base / "f1_descomprimidos"
+    for path in outputs(base):
+        dataset = read(path)  # its headers were written otherwise
+        dataset.ImageComments = "of version 1.0"
+        dataset.save_as(path)
+        stem = path.name.replace(f"_{int(dataset.InstanceNumber):05d}_", "_")
+        if not dataset.SOPInstanceUID:
+            stem = stem[:-16] + "0123456789ab.dcm"
+        path.rename(folder / stem)
+    (folder / fase1.STATE).unlink()
+    (folder / ".fase1.sqlite").write_bytes(b"SQLite format 3")
+
+
+def test_outputs_of_an_older_version_are_known_and_renamed(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collection(base, 8)
+    for number in (11, 12):
+        path = base / "input_dicom" / f"no uid {number}"
+        write(path, exposure(seed=number), number=number, SOPInstanceUID="")
+    run(base)
+    names, before = {path.name for path in outputs(base)}, images(base)
+    written_by_version_1_0(base)
+    for path in outputs(base)[::2]:
+        label(base, path)
+    labelled = digests(base / "datos_etiquetados")
+    old = {path.name for path in outputs(base)}
+    capsys.readouterr()
+    assert run(base) == 0
+    assert "5 images of an older version, kept under today's names" in (
+        capsys.readouterr().out
+    )
+    now = {path.name for path in outputs(base)}
+    assert len(now) == 5
+    assert now < names
+    assert not now & old
+    assert images(base) == before
+    assert digests(base / "datos_etiquetados") == labelled
+    assert len(manifest(base)) == 10
+    assert all(read(path).ImageComments == "of version 1.0" for path in outputs(base))
+    assert run(base) == 0
+    assert {path.name for path in outputs(base)} == now
 
 
 def test_a_lost_output_is_written_again(base: Path) -> None:
