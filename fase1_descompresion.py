@@ -815,7 +815,7 @@ class State:
                 return self._name_of_labelled(path, task, outcome), "labelled", path
         taken, free = self._namesakes(outcome.name)
         for path in taken:
-            if content_digest(path) == content_digest(new):
+            if same_content(path, new):
                 return path.name, "duplicate", path
         for path in self._strangers.get(outcome.identity, ()):
             is_free = path.name not in self.outputs and path.exists()
@@ -976,6 +976,12 @@ def identity_of(path: Path) -> str:
     (length,) = struct.unpack_from("<H", head, at + 6) if at > 0 else (0,)
     uid = clean(head[at + 8 : at + 8 + length].decode("latin-1").strip("\0 "))
     return uid if at > 0 and uid else f"values:{values_digest(path)}"
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Whether two files of ours hold the same dataset."""
+    sizes = path.stat().st_size, other.stat().st_size
+    return sizes[0] == sizes[1] and content_digest(path) == content_digest(other)
 
 
 def values_digest(path: Path) -> str:

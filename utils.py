@@ -566,9 +566,11 @@ def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> FileDa
         file.seek(begin)
         try:
             dataset = _read_dataset(file, before.st_size, limit_mb + HEADER_MB)
-        except (RejectedError, OSError, MemoryError):
+        except (RejectedError, MemoryError):
             raise
         except Exception as error:  # pydicom raises whatever a broken header provokes
+            if isinstance(error, OSError) and error.errno:
+                raise
             raise RejectedError(f"can't be read as DICOM: {error}") from None
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

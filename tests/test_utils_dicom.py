@@ -20,6 +20,7 @@ from dicom_samples import (
     encode_frame,
     exposure,
     make,
+    posix,
     reference_arrays,
     write,
 )
@@ -55,6 +56,7 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
     assert found(tmp_path) == []
 
 
+@posix
 def test_a_loop_of_links_is_reported_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
@@ -64,6 +66,7 @@ def test_a_loop_of_links_is_reported_and_not_followed(tmp_path: Path) -> None:
     assert "link" in told["up"]
 
 
+@posix
 def test_a_fifo_is_reported_and_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     told: dict[str, str] = {}
@@ -71,6 +74,7 @@ def test_a_fifo_is_reported_and_not_opened(tmp_path: Path) -> None:
     assert "regular" in told["pipe"]
 
 
+@posix
 def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "b").symlink_to(tmp_path / "a")
