@@ -501,7 +501,7 @@ def record_of(
     """What the manifest says of an image."""
 
     def get(keyword: str) -> str:
-        return clean(utils.text(dataset, keyword))
+        return utils.text(dataset, keyword)
 
     def number(keyword: str, per: float = 1) -> str:
         value = utils.number(utils.text(dataset, keyword))
@@ -509,7 +509,7 @@ def record_of(
 
     timestamp, time_source = moment_of(lambda one: utils.text(dataset, one))
     layout = pixels.layout
-    return {
+    record = {
         "timestamp": timestamp,
         "time_source": time_source,
         "sop_instance_uid": uid,
@@ -527,15 +527,16 @@ def record_of(
         "frames": str(layout.frames),
         "decoder": f"imagecodecs, {pixels.codec}" if pixels.codec else "none needed",
         "presentation_intent": get("PresentationIntentType"),
-        "notes": "; ".join(map(clean, dict.fromkeys(notes))),
+        "notes": "; ".join(dict.fromkeys(notes)),
         "instance": number("InstanceNumber"),
     }
+    return {key: clean(value) for key, value in record.items()}
 
 
 def clean(text: object) -> str:
     """DICOM text fit for a terminal and a spreadsheet: one line, no formula."""
-    line = "".join(one if one.isprintable() else " " for one in str(text)).strip()[:200]
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    line = "".join(one if one.isprintable() else " " for one in str(text)).strip()
+    return f"'{line[:500]}" if line.startswith(("=", "+", "-", "@")) else line[:500]
 
 
 def output_name(record: Mapping[str, str], identity: str) -> str:
@@ -785,9 +786,9 @@ class State:
             )
             return
         name, kind, old = self._place(task, outcome)
+        # The list says "complete": it goes before the first change.
+        utils.remove_file(self.folder / config.FILE_LIST)
         if kind in ("written", "renamed"):
-            # The list says "complete": it goes before the first change.
-            utils.remove_file(self.folder / config.FILE_LIST)
             utils.replace_file(old, self.folder / name)
         if old != task.temporary:
             utils.remove_file(task.temporary)
@@ -860,10 +861,11 @@ class State:
             del self.outputs[name]
         if gone:
             self._journal.add({"taken_back": [f"output/{name}" for name in gone]})
-        write_if_changed(
-            self.folder / config.REJECTED_LIST, REJECTED_COLUMNS, self.rejected()
-        )
-        write_if_changed(self.folder / config.FILE_LIST, COLUMNS, self._manifest())
+        path = self.folder / config.REJECTED_LIST
+        write_if_changed(path, REJECTED_COLUMNS, self.rejected())
+        path = self.folder / config.FILE_LIST
+        if gone or self._settled or not path.exists():
+            write_if_changed(path, COLUMNS, self._manifest())
 
     def rejected(self) -> Iterator[dict[str, str]]:
         """Files of this run that have no output, and why."""
