@@ -225,10 +225,10 @@ SWAP_BYTES = (
 
 
 def raw_elements(dataset: Dataset) -> Raw:
-    """Its elements before anything of it is parsed; group lengths (7.2) are left out."""
+    """Its elements before anything is parsed of them; without group lengths (7.2)."""
     return {
         int(tag): dataset.get_item(tag, keep_deferred=True)
-        for tag in dataset.keys()
+        for tag in dataset.keys()  # noqa: SIM118 - iterating would parse them
         if tag.element
     }
 
@@ -313,9 +313,10 @@ def changed(dataset: Dataset, pixels: utils.Pixels) -> dict[int, RawDataElement]
     for keyword, value in pixels.layout.attributes().items():
         tag = tag_for_keyword(keyword) or 0
         if utils.text(dataset, keyword) != str(value):
-            as_text = isinstance(value, str)
-            content = value.encode() if as_text else struct.pack("<H", value)
-            changes[tag] = raw(tag, "CS" if as_text else "US", content)
+            if isinstance(value, str):
+                changes[tag] = raw(tag, "CS", value.encode())
+            else:
+                changes[tag] = raw(tag, "US", struct.pack("<H", value))
     for group, data in pixels.overlays.items():
         at = group << 16
         changes[at | 0x0100] = raw(at | 0x0100, "US", struct.pack("<H", 1))
@@ -333,14 +334,14 @@ def encoded(elements: Iterable[RawDataElement]) -> bytes:
     return buffer.getvalue()
 
 
-def file_meta(dataset: Dataset, uids: tuple[str, str]) -> bytes:
+def file_meta(dataset: Dataset, uids: Sequence[str]) -> bytes:
     """Preamble and file meta group (PS3.10 7.1); who sent the file is kept."""
     old, meta = dataset.file_meta, FileMetaDataset()
     meta.FileMetaInformationGroupLength = 0  # pydicom counts
     meta.FileMetaInformationVersion = b"\0\1"
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uids
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = map(UID, uids)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID = IMPLEMENTATION_UID
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
     meta.ImplementationVersionName = IMPLEMENTATION_NAME
     for tag in (0x00020016, 0x00020017, 0x00020018):
         if tag in old:
@@ -509,7 +510,7 @@ def record_of(
     """What the manifest says of an image."""
 
     def get(keyword: str) -> str:
-        return clean(utils.text(dataset, keyword))
+        return utils.text(dataset, keyword)
 
     def number(keyword: str, per: float = 1) -> str:
         value = utils.number(utils.text(dataset, keyword))
@@ -517,7 +518,7 @@ def record_of(
 
     timestamp, time_source = moment_of(lambda one: utils.text(dataset, one))
     layout = pixels.layout
-    return {
+    record = {
         "timestamp": timestamp,
         "time_source": time_source,
         "sop_instance_uid": uid,
@@ -535,15 +536,16 @@ def record_of(
         "frames": str(layout.frames),
         "decoder": f"imagecodecs, {pixels.codec}" if pixels.codec else "none needed",
         "presentation_intent": get("PresentationIntentType"),
-        "notes": "; ".join(map(clean, dict.fromkeys(notes))),
+        "notes": "; ".join(dict.fromkeys(notes)),
         "instance": number("InstanceNumber"),
     }
+    return {key: clean(value) for key, value in record.items()}
 
 
 def clean(text: object) -> str:
     """DICOM text fit for a terminal and a spreadsheet: one line, no formula."""
-    line = "".join(one if one.isprintable() else " " for one in str(text)).strip()[:200]
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    line = "".join(one if one.isprintable() else " " for one in str(text)).strip()
+    return f"'{line[:500]}" if line.startswith(("=", "+", "-", "@")) else line[:500]
 
 
 def output_name(record: Mapping[str, str], identity: str) -> str:
@@ -592,7 +594,7 @@ def convert_all(
             done, future = pending.popleft()
             yield done, outcome_of(future, done.timeout_s)
     finally:
-        pool.stop()
+        pool.stop()  # type: ignore[no-untyped-call]
         pool.join()
 
 
@@ -613,7 +615,7 @@ def outcome_of(future: "ProcessFuture[Outcome]", timeout_s: float) -> Outcome:
 def give_up_after(timeout_s: float, size: float) -> None:
     """End this process if it is not told otherwise in time, whatever a decoder does."""
     seconds = timeout_s * (1 + size / (PATIENCE_MB << 20))
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def start_worker() -> None:
@@ -717,7 +719,7 @@ class State:
 
     @cached_property
     def _strangers(self) -> dict[str, list[Path]]:
-        """Outputs without a record, by identity: of an older version, or a lost state."""
+        """Outputs without a record, by identity: of an older version, or state lost."""
         found: dict[str, list[Path]] = {}
         for path in sorted(self.folder.glob("*.dcm")):
             if path.name not in self.outputs:
@@ -744,7 +746,7 @@ class State:
         return True
 
     def _is_there(self, name: str) -> bool:
-        """In f1_descomprimidos, or labelled: by name, or as the only one with its UID."""
+        """In f1_descomprimidos, or labelled: by name, or as the only one of its UID."""
         if name not in self.outputs:
             return False
         identity = self.outputs[name]["identity"]
@@ -793,9 +795,9 @@ class State:
             )
             return
         name, kind, old = self._place(task, outcome)
+        # The list says "complete": it goes before the first change.
+        utils.remove_file(self.folder / config.FILE_LIST)
         if kind in ("written", "renamed"):
-            # The list says "complete": it goes before the first change.
-            utils.remove_file(self.folder / config.FILE_LIST)
             utils.replace_file(old, self.folder / name)
         if old != task.temporary:
             utils.remove_file(task.temporary)
@@ -806,9 +808,8 @@ class State:
         if kind == "written" or name not in self.outputs:
             self._of_identity[outcome.identity] += name not in self.outputs
             self.outputs[name] = {
-                "identity": outcome.identity,
-                "source": key,
-                "record": outcome.record,
+                **{"identity": outcome.identity, "source": key},
+                **{"record": outcome.record, "adopted": kind == "renamed"},
             }
             self._add(f"output/{name}", **self.outputs[name])
         self._add(f"source/{key}", facts=[*task.facts], output=name)
@@ -823,23 +824,32 @@ class State:
         for path in self._labelled.get(outcome.identity, ()):
             if same_values(path, new):
                 return self._name_of_labelled(path, task, outcome), "labelled", path
-        stem = outcome.name.removesuffix(".dcm")
-        others = (f"{stem}_{count}.dcm" for count in itertools.count(2))
-        free = ""
-        for name in itertools.chain([outcome.name], others):
-            path = self.folder / name
-            if path.exists():
-                if content_digest(path) == content_digest(new):
-                    return name, "duplicate", path
-            elif name not in self._labelled_names:
-                free = name
-                break
+        taken, free = self._namesakes(outcome.name)
+        for path in taken:
+            if same_content(path, new):
+                return path.name, "duplicate", path
         for path in self._strangers.get(outcome.identity, ()):
-            if path.name not in self.outputs and path.exists():
-                if same_values(path, new):
-                    kept = path.name.startswith(stem)
-                    return path.name if kept else free, "renamed", path
+            is_free = path.name not in self.outputs and path.exists()
+            if is_free and same_values(path, new):
+                return path.name if path in taken else free, "renamed", path
+        for path in taken:
+            adopted = self.outputs.get(path.name, {}).get("adopted")
+            if adopted and same_values(path, new):
+                return path.name, "duplicate", path
         return free, "written", new
+
+    def _namesakes(self, name: str) -> tuple[list[Path], str]:
+        """Outputs that have this name, or it with a number; and one that is free."""
+        taken = []
+        stem = name.removesuffix(".dcm")
+        others = (f"{stem}_{count}.dcm" for count in itertools.count(2))
+        for one in itertools.chain([name], others):
+            path = self.folder / one
+            if path.exists():
+                taken.append(path)
+            elif one not in self._labelled_names:
+                return taken, one
+        raise AssertionError("unreachable: names never end")
 
     def _name_of_labelled(self, path: Path, task: Task, outcome: Outcome) -> str:
         """The output that was moved to `path`, and perhaps renamed."""
@@ -861,10 +871,11 @@ class State:
             del self.outputs[name]
         if gone:
             self._journal.add({"taken_back": [f"output/{name}" for name in gone]})
-        write_if_changed(
-            self.folder / config.REJECTED_LIST, REJECTED_COLUMNS, self.rejected()
-        )
-        write_if_changed(self.folder / config.FILE_LIST, COLUMNS, self._manifest())
+        path = self.folder / config.REJECTED_LIST
+        write_if_changed(path, REJECTED_COLUMNS, self.rejected())
+        path = self.folder / config.FILE_LIST
+        if gone or self._settled or not path.exists():
+            write_if_changed(path, COLUMNS, self._manifest())
 
     def rejected(self) -> Iterator[dict[str, str]]:
         """Files of this run that have no output, and why."""
@@ -881,9 +892,11 @@ class State:
         shared = Counter(one["identity"] for one in self.outputs.values())
         for order, (name, one) in enumerate(sorted(self.outputs.items(), key=rank), 1):
             notes = [one["record"]["notes"]] if one["record"]["notes"] else []
-            for source in copies.get(name, ()):
-                if source != one["source"]:
-                    notes.append(f"the same image as {shown_path(source)}")
+            notes += [
+                f"the same image as {shown_path(source)}"
+                for source in copies.get(name, ())
+                if source != one["source"]
+            ]
             if shared[one["identity"]] > 1 and one["record"]["sop_instance_uid"]:
                 notes.append(SHARED_UID)
             yield {
@@ -982,11 +995,11 @@ class State:
             if one["timestamp"] != NO_DATE
         )
         if ties := sum(count for count in moments.values() if count > 1):
-            yield f"{ties} images share their moment with another, and nothing orders them"
+            yield f"{ties} images share their moment with others, and nothing orders them"
         in_utc = sum(one["time_source"].endswith(IN_UTC) for one in records)
         if 0 < in_utc < len(records) - undated:
             local = len(records) - undated - in_utc
-            yield f"{in_utc} times are in UTC and {local} are local: they can't be compared"
+            yield f"{in_utc} times are in UTC and {local} local: they can't be compared"
         yield from intents(records)
         yield from self._mixed_sources()
 
@@ -1071,6 +1084,12 @@ def identity_of(path: Path) -> str:
     (length,) = struct.unpack_from("<H", head, at + 6) if at > 0 else (0,)
     uid = clean(head[at + 8 : at + 8 + length].decode("latin-1").strip("\0 "))
     return uid if at > 0 and uid else f"values:{values_digest(path)}"
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Whether two files of ours hold the same dataset."""
+    sizes = path.stat().st_size, other.stat().st_size
+    return sizes[0] == sizes[1] and content_digest(path) == content_digest(other)
 
 
 def values_digest(path: Path) -> str:

@@ -36,7 +36,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -55,7 +55,11 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.filereader import data_element_generator, read_dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels.processing import apply_modality_lut, convert_color_space
+from pydicom.pixels.processing import (
+    apply_color_lut,
+    apply_modality_lut,
+    convert_color_space,
+)
 from pydicom.pixels.utils import expand_ybr422
 from pydicom.tag import BaseTag
 from pydicom.uid import (
@@ -572,9 +576,11 @@ def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> FileDa
         file.seek(begin)
         try:
             dataset = _read_dataset(file, before.st_size, limit_mb + HEADER_MB)
-        except (RejectedError, OSError, MemoryError):
+        except (RejectedError, MemoryError):
             raise
         except Exception as error:  # pydicom raises whatever a broken header provokes
+            if isinstance(error, OSError) and error.errno:
+                raise
             raise RejectedError(f"can't be read as DICOM: {error}") from None
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -634,7 +640,7 @@ def _read_dataset(file: BinaryIO, size: int, limit_mb: int) -> FileDataset:
         uid = native
     elements = _read_elements(file, size, implicit, is_little, notes)
     dataset = FileDataset(
-        None, elements, None, FileMetaDataset(meta), implicit, is_little
+        file, elements, None, FileMetaDataset(meta), implicit, is_little
     )
     dataset.file_meta.add_new("TransferSyntaxUID", "UI", uid)
     dataset.notes = notes
@@ -648,7 +654,7 @@ def _meta_faults(meta: Dataset, begin: int, end: int) -> Iterator[str]:
         return
     if not begin:
         yield "had no preamble"
-    if next(iter(meta.elements())).is_implicit_VR:
+    if getattr(next(iter(meta.elements())), "is_implicit_VR", False):
         yield "its file meta group was in implicit VR"
     if text(meta, "FileMetaInformationGroupLength") != str(end - begin - 12):
         yield "its file meta group had a wrong length"
@@ -821,7 +827,8 @@ class PixelLayout:
 
         allocated, samples = whole("BitsAllocated"), whole("SamplesPerPixel")
         photometric = text(dataset, "PhotometricInterpretation").upper()
-        if photometric not in _GREY | _COLOUR or samples == (photometric in _GREY) * 3:
+        fits = samples == 0 or (samples == 3) == (photometric in _COLOUR)
+        if photometric not in _GREY | _COLOUR or not fits:
             photometric = "RGB" if samples == 3 else "MONOCHROME2"
         samples = samples or (1 if photometric in _GREY else 3)
         stored, high = whole("BitsStored"), whole("HighBit")
@@ -1225,7 +1232,10 @@ def _decode_jpeg(stream: Any, facts: StreamFacts) -> NDArray[Any]:
     that, the stream is decoded again with more data before its end marker, and before
     the fill bytes there (ISO 10918-1 B.1.1.2): a whole one never reads them.
     """
-    space = {"colorspace": "YCBCR" if facts.is_ycbcr else "RGB", "outcolorspace": "RGB"}
+    space: dict[str, Any] = {
+        "colorspace": "YCBCR" if facts.is_ycbcr else "RGB",
+        "outcolorspace": "RGB",
+    }
     options = space if facts.samples == 3 else {}
     pixels = np.asarray(imagecodecs.jpeg8_decode(stream, **options))
     corner = (pixels if pixels.ndim == 2 else pixels[..., 0])[-2:, -5:].astype(np.int64)
@@ -1317,6 +1327,15 @@ def _j2k_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
 # --- The picture --------------------------------------------------------------------
 # Owns what the VLM sees of an image. Never asks what the image is.
 
+MIN_SIDE_PX = 32
+"""Smaller images show nothing; a thumbnail was taken for a flat field."""
+
+MAX_ASPECT = 16.0
+"""Height of a pixel over its width, or the inverse; beyond it the header errs."""
+
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+"""Grey of RGB (ITU-R BT.601)."""
+
 
 @dataclass(frozen=True)
 class PreparedImage:
@@ -1343,10 +1362,27 @@ def prepare_image(path: Path) -> PreparedImage:
     Raises
     ------
     RejectedError
-        Not an image, not decodable, or every pixel has the same value.
+        Not an image, not decodable, too small, or every pixel has the same value;
+        whatever else one file provokes is its own failure, too.
     """
-    dataset = read_dicom(path)
-    pixels = decode_frame(dataset)
+    try:
+        dataset = read_dicom(path)
+        return _prepared(decode_frame(dataset), dataset)
+    except RejectedError:
+        raise
+    except OSError as error:
+        raise RejectedError(f"can't be read: {error.strerror}") from None
+    except Exception as error:  # decoders and broken headers raise all kinds
+        name = type(error).__name__
+        raise RejectedError(f"can't be decoded: {name}: {error}") from None
+
+
+def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
+    if min(pixels.shape[:2]) < MIN_SIDE_PX:
+        rows, columns = pixels.shape[:2]
+        raise RejectedError(
+            f"is too small: {columns}×{rows} pixels, {MIN_SIDE_PX} a side are needed"
+        )
     if pixels.min() == pixels.max():
         raise RejectedError(f"has no contrast: every pixel is {pixels.flat[0]}")
     small = _reduce(_display_values(pixels, dataset), _pixel_aspect(dataset))
@@ -1521,12 +1557,15 @@ def _display_values(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float3
     white). A VOI window is left out: the window below is taken from the image, because
     headers carry clinical windows that hide a test object.
     """
+    with suppress(Exception), _silence():  # a table that can't be read is none
+        if text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, dataset)
+        elif pixels.ndim == 2 and dataset.get("ModalityLUTSequence"):
+            pixels = apply_modality_lut(pixels, dataset)
     if pixels.ndim == 3:
-        return np.asarray(pixels @ np.array([0.299, 0.587, 0.114]), np.float32)
-    if dataset.get("ModalityLUTSequence"):
-        pixels = apply_modality_lut(pixels, dataset)
-    falling = float(dataset.get("RescaleSlope") or 1) < 0
-    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+        return np.asarray(pixels[..., :3] @ LUMINANCE, np.float32)
+    falling = (number(text(dataset, "RescaleSlope")) or 1) < 0
+    inverted = text(dataset, "PhotometricInterpretation").upper() == "MONOCHROME1"
     values = pixels.astype(np.float32)
     return -values if inverted != falling else values
 
@@ -1534,11 +1573,10 @@ def _display_values(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float3
 def _pixel_aspect(dataset: Dataset) -> float:
     """Height of a pixel over its width (PS3.3 10.7.1.3, C.7.6.3.1.7); 1 if unknown."""
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
-        value = dataset.get(keyword)
-        if isinstance(value, Sequence) or hasattr(value, "__len__"):
-            sizes = [float(size) for size in value or ()]
-            if len(sizes) == 2 and min(sizes) > 0:
-                return sizes[0] / sizes[1]
+        sizes = [number(one) or 0.0 for one in texts(dataset, keyword)]
+        if len(sizes) == 2 and min(sizes) > 0:
+            if 1 / MAX_ASPECT <= (aspect := sizes[0] / sizes[1]) <= MAX_ASPECT:
+                return aspect
     return 1.0
 
 
