@@ -18,6 +18,7 @@ only, one decision per image, by the very rule that phase 4 applies.
 
 import io
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -644,8 +645,8 @@ class Decided:
 def cross_fit(data: Dataset, judged: Judged, splits: Sequence[Split]) -> Decided:
     """Decide on the images of each fold by what was found on the others."""
     scores, last = judged[data.k], str(data.stages[-1])
-    numbers = [np.zeros(scores.shape[:2], np.intp) for _ in range(4)]
-    decided = Decided(np.zeros_like(scores), *numbers, reasons=[""] * len(data.labels))
+    numbers = np.zeros((4, *scores.shape[:2]), np.intp)
+    decided = Decided(np.zeros_like(scores), *numbers, [""] * len(data.labels))
     for repeat, others, images in splits:
         limits = find_thresholds(data, judged, others)
         at_once = limits | {"stages": {last: limits["stages"][last]}}
@@ -1065,15 +1066,18 @@ def with_probabilities(svc: SVC, factor: float) -> Pipeline:
 
 
 def write_model(
-    folder: Path, data: Dataset, candidate: Candidate, metrics: dict[str, Any]
+    folder: Path,
+    data: Dataset,
+    candidate: Candidate,
+    metrics: dict[str, Any],
+    drawing: bytes,
 ) -> None:
     """Fit on all images and write every file; METRICS last: the folder is complete.
 
-    The classifier has the last stage's factor; the other stages' are relative to it.
+    `drawing` is a PNG, or empty. The classifier has the last stage's factor; the other stages' are relative to it.
     """
     named = replace(data, labels=np.array(data.classes)[data.labels])
-    everything = data.all
-    words = fit_words(named, everything, candidate)
+    words = fit_words(named, data.all, candidate)
     *_, last = metrics["thresholds"]["stages"].values()
     factor = last["factor"]
     for each in metrics["thresholds"]["stages"].values():
@@ -1084,22 +1088,23 @@ def write_model(
         config.SCALER: words[0],
         config.SECOND_READER: fit_picture(data.pixels, named.labels),
     }
-    drawing = draw_confusion(metrics)
-    utils.remove_file(folder / config.METRICS)
+    for name in (config.METRICS, config.CONFUSION_MATRIX):
+        utils.remove_file(folder / name)
     for name, estimator in estimators.items():
         with utils.atomic_write(folder / name) as file:
             joblib.dump(estimator, file)
     with utils.atomic_write(folder / config.NEIGHBOURS) as file:
         np.savez(
             file,
-            rows=points_of(data, everything, words[0]),
+            rows=points_of(data, data.all, words[0]),
             owner=np.repeat(np.arange(len(data.labels)), int(data.k)).astype(np.int32),
             names=np.array([line["file"] for line in data.lines]),
             projection=data.projection,
             pixels=data.pixels,
         )
-    with utils.atomic_write(folder / config.CONFUSION_MATRIX) as file:
-        file.write(drawing)
+    if drawing:
+        with utils.atomic_write(folder / config.CONFUSION_MATRIX) as file:
+            file.write(drawing)
     names = (*estimators, config.NEIGHBOURS)
     metrics["sha256"] = {name: utils.sha256_of(folder / name) for name in names}
     utils.write_json(folder / config.METRICS, metrics)
@@ -1111,6 +1116,7 @@ def draw_confusion(metrics: Mapping[str, Any]) -> bytes:
     An extra: matplotlib's defaults, no pyplot and no backend, so that what Jupyter or a
     matplotlibrc asks for can't end the phase.
     """
+    os.environ.pop("MPLBACKEND", None)  # its import fails on one that is not there
     try:
         from matplotlib import rc_context, rcdefaults  # noqa: PLC0415  (a second)
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -1411,7 +1417,7 @@ def run(cfg: Config) -> int:
     metrics["unknown_classes"] = leave_classes_out(data, chosen)
 
     metrics["warnings"] = list(find_warnings(metrics, cfg))
-    write_model(cfg.folder("model_dir"), data, chosen, metrics)
+    write_model(cfg.folder("model_dir"), data, chosen, metrics, draw_confusion(metrics))
     print(*report_lines(metrics, cfg.verbose), sep="\n")
     print(f"\nmodel and figures in {cfg.folder('model_dir')}")
     print("next: python fase4_inferencia_vlm.py FILE_OR_FOLDER …")
