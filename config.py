@@ -468,7 +468,7 @@ def parse_config(
         With code 2 on an unknown flag or a bad value, 0 after ``--help``.
     """
     parser = argparse.ArgumentParser(
-        description=documentation.replace("%", "%%"),
+        description=documentation,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
