@@ -803,7 +803,7 @@ class State:
             utils.remove_file(task.temporary)
         self.counts[kind] += 1
         self._settled.add(name)
-        self.keep_thumbnail(name, outcome.thumbnail)
+        self.thumbnail(name, outcome.thumbnail)
         key = self._key(task.source)
         if kind == "written" or name not in self.outputs:
             self._of_identity[outcome.identity] += name not in self.outputs
@@ -909,70 +909,64 @@ class State:
 
     # The page
 
-    def keep_thumbnail(self, name: str, jpeg: bytes) -> None:
-        """Write the thumbnail of an output beside it; it can be made again."""
+    def thumbnail(self, name: str, jpeg: bytes = b"") -> bytes:
+        """Keep the thumbnail of an output, or read it; made anew where it is gone."""
         path = self.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        fresh = self.folder / TEMPORARY.replace("*", "jpg")
-        fresh.write_bytes(jpeg)
-        utils.replace_file(fresh, path)
-
-    def thumbnail(self, name: str) -> bytes:
-        """The thumbnail of an output, made now where it is missing."""
-        path = self.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
-        if not path.exists():
-            labelled = self._where_labelled(name)
-            dataset = utils.read_dicom(labelled or self.folder / name)
-            self.keep_thumbnail(name, utils.preview(utils.decode(dataset), dataset))
+        if jpeg or not path.exists():
+            if not jpeg:
+                dataset = utils.read_dicom(
+                    self._labelled_as(name) or self.folder / name
+                )
+                jpeg = utils.preview(utils.decode(dataset), dataset)
+            path.parent.mkdir(exist_ok=True)
+            fresh = self.folder / TEMPORARY.replace("*", "jpg")
+            fresh.write_bytes(jpeg)
+            utils.replace_file(fresh, path)
         return path.read_bytes()
 
-    def _where_labelled(self, name: str) -> Path | None:
+    def _labelled_as(self, name: str) -> Path | None:
+        if (self.folder / name).exists():
+            return None
         found = self._labelled.get(self.outputs[name]["identity"], [])
-        same = [path for path in found if path.name == name]
-        return next(iter(same or found), None)
+        return min(found, key=lambda path: path.name != name, default=None)
 
     def sheet(self) -> utils.Sheet:
         """The images in the order of exposure, by day and detector."""
-        tiles, pictures = [], {}
+        tiles, pictures = list[utils.Tile](), dict[str, bytes]()
         for row in self._manifest():
             one = {key: str(value) for key, value in row.items()}
-            name, stamp = one["output"], one["timestamp"]
-            there = (
-                None if (self.folder / name).exists() else self._where_labelled(name)
-            )
-            parts = there.relative_to(self.labelled_dir).parts if there else ()
+            name, stamp, there = one["output"], one["timestamp"], None
             with suppress(RejectedError, OSError):
+                there = self._labelled_as(name)
                 pictures[name] = self.thumbnail(name)
-            undated = stamp == NO_DATE
-            day = "no date" if undated else f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}"
+            day, time = "no date", ""
+            if stamp != NO_DATE:
+                day = f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}"
+                time = f"{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
             units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
             shown = [form.format(one[key]) for key, form in units.items() if one[key]]
-            time = "" if undated else f"{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
-            tiles.append(
-                utils.Tile(
-                    name=name,
-                    picture=name,
-                    file="" if there else name,
-                    group=f"{day} · {one['detector'] or 'no detector named'}",
-                    label=parts[0] if len(parts) > 1 else "",
-                    state="labelled" if there else "",
-                    lines=[
-                        " · ".join(filter(None, [time, *shown])),
-                        f"{one['rows']} × {one['columns']}",
-                        *filter(None, [one["notes"]]),
-                    ],
-                )
+            tile = utils.Tile(
+                name=name,
+                picture=name,
+                file="" if there else name,
+                group=f"{day} · {one['detector'] or 'no detector named'}",
+                label=class_of(there, self.labelled_dir) if there else "",
+                lines=[
+                    " · ".join(filter(None, [time, *shown])),
+                    f"{one['rows']} × {one['columns']}{', labelled' if there else ''}",
+                    one["notes"],
+                ],
             )
+            tiles.append(tile)
+        for start in range(0, len(tiles), utils.PAGE_TILES):
+            part = slice(start, start + utils.PAGE_TILES)
+            places = various([pictures.get(one.name) for one in tiles[part]])
+            both = zip(tiles[part], places, strict=True)
+            tiles[part] = [tile._replace(rank=place) for tile, place in both]
         return utils.Sheet(
-            title=f"{self.folder}: {len(tiles)} images",
+            title=str(self.folder),
             folder=str(self.folder.resolve()),
-            tiles=[
-                tile._replace(rank=rank)
-                for start in range(0, len(tiles), utils.PAGE_TILES)
-                for tile, rank in various(
-                    tiles[start : start + utils.PAGE_TILES], pictures
-                )
-            ],
+            tiles=tiles,
             pictures=pictures,
             classes=config.CLASS_NAMES,
             sections=[utils.Section("", [utils.HOW_TO_MARK])],
@@ -1038,28 +1032,30 @@ def intents(records: Iterable[Mapping[str, str]]) -> Iterator[str]:
         )
 
 
-def various(
-    tiles: Sequence[utils.Tile], pictures: Mapping[str, bytes]
-) -> list[tuple[utils.Tile, int]]:
-    """Each tile with its place in an order that begins with very different images.
+def class_of(path: Path, labelled_dir: Path) -> str:
+    """The class folder that a labelled file lies in, at any depth."""
+    return "".join(path.relative_to(labelled_dir).parts[:-1][:1])
 
-    Farthest points first (Gonzalez 1985) in what the thumbnails look like, 8 x 8 grey
-    levels of unit spread, and in the order of exposure.
+
+def various(thumbnails: Sequence[bytes | None]) -> list[int]:
+    """Places in an order in which the first images differ most, in looks and in time.
+
+    Each next one is the farthest from those before it, by 8 x 8 grey levels.
     """
-    looks = np.zeros((len(tiles), 65))
-    for at, tile in enumerate(tiles):
-        if jpeg := pictures.get(tile.picture):
+    looks = np.zeros((len(thumbnails), 65))
+    for at, jpeg in enumerate(thumbnails):
+        if jpeg:
             small = Image.open(io.BytesIO(jpeg)).resize((8, 8), Image.Resampling.BOX)
-            looks[at, :64] = np.asarray(small, float).ravel() / 255
-    looks[:, :64] /= np.linalg.norm(looks.std(axis=0)) or 1
-    looks[:, 64] = np.linspace(0, 2, len(tiles))
-    far, ranks, at = np.full(len(tiles), np.inf), [0] * len(tiles), 0
-    for place in range(len(tiles)):
-        ranks[at] = place
+            looks[at, :64] = np.asarray(small).ravel()
+    looks /= np.linalg.norm(looks.std(axis=0)) or 1
+    looks[:, 64] = np.linspace(0, 2, len(looks))
+    far, places, at = np.full(len(looks), np.inf), [0] * len(looks), 0
+    for place in range(len(looks)):
+        places[at] = place
         far = np.minimum(far, np.linalg.norm(looks - looks[at], axis=1))
         far[at] = -1
         at = int(far.argmax())
-    return list(zip(tiles, ranks, strict=True))
+    return places
 
 
 def write_if_changed(
@@ -1176,42 +1172,39 @@ class Labels:
 
     def place(self, file: str, label: str) -> str:
         """Move or copy one file; what was done, or RejectedError why nothing was."""
+        ours = file in self._state.outputs
+        source = self._state.folder / file if ours else Path(file)
+        target = self._folder / label / source.name
+        self._check(file, source, label, target)
+        image_id = "" if ours else self._new_image(source, label)
+        self._targets.add(target)
+        where = f"{clean(file)} to {label}"
+        if self._cfg.dry_run:
+            return f"would {'move' if ours else 'copy'} {where}"
+        try:
+            if ours:
+                self._move(source, target)
+            else:
+                self._copy(source, target)
+                self._ids[image_id] = target
+                self._confirm(image_id, label)
+        except OSError as error:
+            raise RejectedError(
+                f"{target} can't be written: {error.strerror}"
+            ) from None
+        return f"{'moved' if ours else 'copied'} {where}"
+
+    def _check(self, file: str, source: Path, label: str, target: Path) -> None:
         others = [one for one in self._classes if not self._bad_name(one)]
         problem = self._bad_name(label) or utils.class_name_problem([*others, label])
         if problem:
             raise RejectedError(problem)
-        ours = file in self._state.outputs
-        source = self._state.folder / file if ours else Path(file)
-        target = self._folder / label / source.name
-        if not ours and not source.is_absolute():
+        if file not in self._state.outputs and not source.is_absolute():
             raise RejectedError("is neither a file of phase 1's nor an absolute path")
         if not source.is_file():
             raise RejectedError("is not there")
         if target.exists() or target in self._targets:
             raise RejectedError(f"{target} is there already")
-        image_id = "" if ours else self._new_image(source, label)
-        self._targets.add(target)
-        if self._cfg.dry_run:
-            return f"would {'move' if ours else 'copy'} {clean(file)} to {label}"
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not ours:
-                self._copy(source, target)
-                self._ids[image_id] = target
-                self._confirm(image_id, label)
-                return f"copied {clean(file)} to {label}"
-            try:
-                source.rename(target)
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                self._copy(source, target)  # to another disk
-                utils.remove_file(source)
-            return f"moved {clean(file)} to {label}"
-        except OSError as error:
-            raise RejectedError(
-                f"{target} can't be written: {error.strerror}"
-            ) from None
 
     @staticmethod
     def _bad_name(name: str) -> str:
@@ -1222,6 +1215,16 @@ class Labels:
     def _copy(source: Path, target: Path) -> None:
         with utils.atomic_write(target) as copy, source.open("rb") as original:
             shutil.copyfileobj(original, copy)
+
+    def _move(self, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy(source, target)  # to another disk
+            utils.remove_file(source)
 
     @cached_property
     def _ids(self) -> dict[str, Path]:

@@ -3295,20 +3295,18 @@ _PAGE = r"""<!doctype html>
 <polyline points="{% for p in c.points %}{{ x(p[0]) }},{{ y(p[1]) }} {% endfor %}"/>
 {% for p in c.points %}
 <path class="span" d="M{{ x(p[0]) }} {{ y(p[2]) }}V{{ y(p[3]) }}"/>
-<circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="{{ 4 if c.points|length < 20 else 2 }}">
-<title>{{ shown(p[0], c.x_max) }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to
- {{ shown(p[3]) }})</title></circle>
+<circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="3"><title>{{ shown(p[0], c.x_max)
+ }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to {{ shown(p[3]) }})</title></circle>
 {% endfor %}</svg></figure>{% endmacro %}
 <html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';
- img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src data: 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><title>{{ sheet.title }}</title>
 <style>
 :root { color-scheme: light dark; --back: #f3f5f8; --card: #fff; --ink: #1a1f26;
   --dim: #58626f; --line: #d3d9e1; --blue: #0b5fd0; --warn: #fff1cc }
 @media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1d232b;
   --ink: #e5e9ee; --dim: #9aa5b2; --line: #36404b; --blue: #72adff; --warn: #3b3010 } }
-* { box-sizing: border-box } [hidden] { display: none !important }
+* { box-sizing: border-box } [hidden], .chip:empty { display: none !important }
 html { background: var(--back); color: var(--ink); overflow-wrap: anywhere }
 body { margin: auto; padding: 0 16px 32px; max-width: 1700px; font: 14px/1.4 system-ui }
 h1 { font-size: 21px; margin: 14px 0 4px } h2 { font-size: 16px; margin: 12px 0 4px }
@@ -3387,18 +3385,16 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
  data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ t.rank }}">
 {{ picture(t.picture, t.name) }}
 {% if t.file %}<input type="checkbox" aria-label="{{ t.name }}">{% endif %}
-<bdi class="mine chip" hidden></bdi>
-{% if t.label %}<bdi class="chip">{{ t.label }}</bdi>{% endif %}
+<bdi class="mine chip"></bdi><bdi class="chip">{{ t.label }}</bdi>
 <bdi class="dim">{{ t.state }}</bdi>
 {% for name, share in t.shares.items() %}
 {% set part = "%.1f%%"|format(share * 100) %}
 <div class="share" style="--share: {{ part }}"> {{ part }} <bdi>{{ name }}</bdi></div>
 {% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
 <h3><bdi>{{ t.name }}</bdi></h3>
-{% if t.near %}<div class="rest row">{% for key, name in t.near %}
+<div class="rest row">{% for key, name in t.near %}
 <small>{{ picture(key, name) }}<bdi>{{ name.split("/")[0] }}</bdi></small>
 {% endfor %}</div>
-{% endif %}
 {% if t.details %}<details class="rest"><summary>descriptions</summary>
 {% for line in t.details %}<p><bdi>{{ line }}</bdi></p>{% endfor %}</details>{% endif %}
 </article>
@@ -3415,7 +3411,6 @@ const seen = () => all(".mark:not([hidden])");
 const chosen = () => seen().filter((tile) => box(tile).checked);
 const saved = () => tiles.filter((tile) => marks.get(tile.dataset.file));
 const say = (text) => { $("said").textContent = text; };
-
 function load() { // another window may have changed them
   try { marks = new Map(JSON.parse(localStorage.getItem(store) || "[]")); } catch {}
 }
@@ -3438,7 +3433,7 @@ function show() {
     if (name) count.set(name, (count.get(name) || 0) + 1);
     names = [...count.keys()];
     tile.style.setProperty("--c", colours[names.indexOf(name) % 6] || "transparent");
-    Object.assign(tile.querySelector(".mine"), { textContent: mine, hidden: !mine });
+    tile.querySelector(".mine").textContent = mine;
     tile.hidden = !tile.textContent.toLowerCase().includes(text)
       || (only && only !== (name || "no class") && only !== tile.dataset.state);
     if (tile.hidden && box(tile)) box(tile).checked = false;
@@ -3526,7 +3521,6 @@ for (const button of all("[data-show]")) button.onclick = () => {
 const first = new Map(all("img[src]").map((img) => [img.dataset.key, img.src]));
 for (const img of all("img:not([src])")) img.src = first.get(img.dataset.key) || "";
 $("give").hidden = !all(".mark").length;
-onstorage = () => { load(); show(); };
-load(), show();
+(onstorage = () => { load(); show(); })();
 </script>
 """
