@@ -1125,7 +1125,7 @@ def place_labels(cfg: Config) -> int:
     lines = Counter(file for file, _ in rows)
     done: Counter[str] = Counter()
     with utils.lock(folder / LOCK, held):
-        labels = Labels(cfg, {label for _, label in rows})
+        labels = Labels(cfg)
         for file, label in dict.fromkeys(rows):
             try:
                 if lines[file] > 1:
@@ -1163,11 +1163,11 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
 class Labels:
     """Moves and copies into the class folders."""
 
-    def __init__(self, cfg: Config, classes: set[str]) -> None:
+    def __init__(self, cfg: Config) -> None:
         self._cfg, self._state = cfg, State(cfg)
         self._folder = cfg.folder("labelled_dir")
         there = self._folder.iterdir() if self._folder.is_dir() else ()
-        self._classes = {path.name for path in there if path.is_dir()} | classes
+        self._classes = {path.name for path in there if path.is_dir()}
         self._targets: set[Path] = set()
 
     def place(self, file: str, label: str) -> str:
@@ -1178,6 +1178,7 @@ class Labels:
         self._check(file, source, label, target)
         image_id = "" if ours else self._new_image(source, label)
         self._targets.add(target)
+        self._classes.add(label)
         where = f"{clean(file)} to {label}"
         if self._cfg.dry_run:
             return f"would {'move' if ours else 'copy'} {where}"
@@ -1195,7 +1196,7 @@ class Labels:
         return f"{'moved' if ours else 'copied'} {where}"
 
     def _check(self, file: str, source: Path, label: str, target: Path) -> None:
-        others = [one for one in self._classes if not self._bad_name(one)]
+        others = [one for one in self._classes if not one.startswith(".")]
         problem = self._bad_name(label) or utils.class_name_problem([*others, label])
         if problem:
             raise RejectedError(problem)

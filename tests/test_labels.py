@@ -231,6 +231,20 @@ def test_what_is_not_clear_stays_where_it_is(
     assert reason in caplog.text
 
 
+def test_a_bad_line_keeps_no_other_from_its_class(base: Path) -> None:
+    first, second, *_ = names(base)
+    assert phase1(base, "--labels", list_of(base, (first, "mtf"), (second, "MTF"))) == 1
+    assert labelled(base) == [f"MTF/{second}"]
+
+
+def test_of_two_new_names_that_look_alike_the_first_counts(base: Path) -> None:
+    first, second, *_ = names(base)
+    path = list_of(base, (first, "Vegas"), (second, "vegas"))
+    assert phase1(base, "--labels", path, "--dry-run") == 1
+    assert phase1(base, "--labels", path) == 1
+    assert labelled(base) == [f"Vegas/{first}"]
+
+
 def test_a_target_that_is_there_is_not_replaced(
     base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
