@@ -380,6 +380,13 @@ class Config:
     copy_to: Path | None = _knob(
         None, "copy every image into a folder of its class below this one", 4
     )
+    one_reader: bool = _knob(False, "decide by the descriptions alone", 4)
+    any_modality: bool = _knob(
+        False, "don't refuse a Modality that training does not have", 4
+    )
+    ask_all: bool = _knob(
+        False, "ask all questions, also where they are not needed to decide", 4
+    )
     force: bool = _knob(
         False, "answer although model and server no longer match; says so", 4
     )
@@ -444,7 +451,7 @@ def parse_config(
         With code 2 on an unknown flag or a bad value, 0 after ``--help``.
     """
     parser = argparse.ArgumentParser(
-        description=documentation.replace("%", "%%"),
+        description=documentation,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -469,7 +476,8 @@ def _add_flag(group: Any, knob: Field[Any]) -> None:
     if isinstance(knob.default, bool):
         group.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
         return
-    shown = "" if knob.default in (None, "") else f" (default: {knob.default})"
+    default: Any = knob.default
+    shown = "" if default in (None, "") else f" (default: {default})"
     choices = knob.metadata["choices"]
     group.add_argument(
         flag,
@@ -488,7 +496,8 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
         return _duration
     if knob.default is None or isinstance(knob.default, Path):
         return Path
-    kind, limits = type(knob.default), knob.metadata["limits"]
+    kind: Any = type(knob.default)
+    limits = knob.metadata["limits"]
 
     def read(text: str) -> Any:
         value = kind(text)

@@ -7,56 +7,53 @@ Writes  one line per image on the terminal; with --csv a table, with --json JSON
     python fase4_inferencia_vlm.py new_image.dcm folder_of_images/
     new_image.dcm: MTF · MTF 96.4 %, TOR 2.5 %, FDT 1.1 %
 
-The image is described with the generic prompts, the descriptions are embedded and
-scaled, the classifier decides on their mean. Where the confidence is too low, or the
-image is unlike everything in training, it says "no concluyente" and why.
+Two readers look at each image. One has only the picture; what is new to it is asked
+nothing. The other has the VLM's answers to the generic prompts, first to three, then,
+where these don't decide, to all. Where the readers disagree, the confidence is too low
+or the image is unlike everything in training, it says "no concluyente" and why.
+
+Every answer is kept in dataset_final_vlm/descripciones/, the journal of phase 2: the
+same images with a new model ask nothing.
 """
 
 import asyncio
+import csv
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import config
 import utils
 from config import Config
 from utils import (
-    Answer,
+    AnswerBook,
     Decision,
-    Neighbours,
+    Model,
     PipelineError,
     PreparedImage,
-    Question,
     RejectedError,
     ServerFacts,
+    Turn,
     VlmServer,
 )
 
 log = logging.getLogger("fase4")
 
 TRAIN_AGAIN = "run `python fase3_entrenamiento_svc.py` again"
-PROBE_MIN_COSINE = 0.9999
-"""Below it the probe sentence has another embedding than when the model was trained."""
+PLAIN_LINE_S = 15.0
 
-# --- The model ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """What phase 3 left: estimators, neighbours and the thresholds of an answer."""
-
-    scaler: Any
-    classifier: Any
-    neighbours: Neighbours
-    thresholds: Mapping[str, float]
+# --- The model and its conditions ---------------------------------------------------
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -67,19 +64,24 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises
     ------
     PipelineError
-        No model, a changed file, or a model of another scikit-learn version.
+        No model, a changed file, or a model of another version.
     """
     metrics = utils.read_json(
         folder / config.METRICS, "run `python fase3_entrenamiento_svc.py` first"
     )
     try:
-        for name, expected in metrics["sha256"].items():
-            utils.check_digest(folder / name, expected, TRAIN_AGAIN)
-        trained_with = metrics["libraries"]["scikit-learn"]
-    except (KeyError, AttributeError):
+        digests, trained_with = metrics["sha256"], metrics["libraries"]["scikit-learn"]
+    except (KeyError, TypeError):
         raise PipelineError(
             f"{folder / config.METRICS} does not describe a model: {TRAIN_AGAIN}"
         ) from None
+    if config.SECOND_READER not in digests:
+        raise PipelineError(
+            f"the model in {folder} is of an older version, without a second reader: "
+            "run phases 2 and 3 again (phase 2 asks only what is new)"
+        )
+    for name, expected in digests.items():
+        utils.check_digest(folder / name, expected, TRAIN_AGAIN)
     if trained_with != version("scikit-learn"):
         raise PipelineError(
             f"the model in {folder} was made with scikit-learn {trained_with}, here is "
@@ -87,18 +89,6 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             f"`pip install scikit-learn=={trained_with}`"
         )
     return metrics
-
-
-def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
-    """Load the estimators; takes a second or two, most of it scikit-learn's import."""
-    import joblib  # noqa: PLC0415 - loaded while the VLM is asked, not before
-
-    return Model(
-        scaler=joblib.load(folder / config.SCALER),
-        classifier=joblib.load(folder / config.CLASSIFIER),
-        neighbours=utils.load_neighbours(folder / config.NEIGHBOURS),
-        thresholds=metrics["thresholds"],
-    )
 
 
 def differences(trained: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -114,76 +104,61 @@ def differences(trained: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 
 def check_conditions(
-    metrics: Mapping[str, Any], now: Mapping[str, Any], cfg: Config
+    metrics: Mapping[str, Any], facts: ServerFacts | None, cfg: Config
 ) -> list[str]:
     """Refuse a model that was made under other conditions; with --force only say so.
+
+    Parameters
+    ----------
+    facts : ServerFacts or None
+        None compares what the command line alone decides.
 
     Returns
     -------
     list of str
         The differences that ``--force`` passes over; empty when all is the same.
     """
+    now = utils.conditions(cfg, facts)
     trained = {name: metrics["conditions"].get(name) for name in now}
     found = list(differences(trained, now))
+    if facts is not None:
+        probe = utils.unpack_vector(metrics["probe_vector"])
+        if probe.size != facts.probe.size:
+            raise PipelineError(
+                f"{cfg.embed_model} gives {facts.probe.size} numbers, the model was "
+                f"trained on {probe.size}: choose its embedder with --embed-model"
+            )
+        near = utils.cosine(probe, facts.probe)
+        if near < utils.SAME_EMBEDDING:
+            found.append(
+                f"the probe sentence has another embedding (cosine {near:.4f})"
+            )
     if found and not cfg.force:
         raise PipelineError(
             f"the model in {cfg.folder('model_dir')} does not fit: {'; '.join(found)}: "
-            "use the flags and models of the training, train again, or answer all the "
-            "same with --force"
+            "use the flags and models of the training, run phases 2 and 3 again, or "
+            "answer all the same with --force"
         )
     return found
 
 
-def check_probe(
-    metrics: Mapping[str, Any], facts: ServerFacts, cfg: Config
-) -> list[str]:
-    """Refuse an embedder that no longer gives what it gave in training."""
-    trained = utils.unpack_vector(metrics["probe_vector"])
-    if trained.size != facts.probe.size:
-        raise PipelineError(
-            f"{cfg.embed_model} gives {facts.probe.size} numbers, the model was "
-            f"trained on {trained.size}: choose its embedder with --embed-model"
-        )
-    norms = float(np.linalg.norm(trained) * np.linalg.norm(facts.probe))
-    cosine = float(trained @ facts.probe) / norms
-    if cosine >= PROBE_MIN_COSINE:
-        return []
-    problem = f"the probe sentence has another embedding (cosine {cosine:.4f})"
-    if not cfg.force:
-        raise PipelineError(
-            f"{problem} than in training: make the dataset and the model again, or "
-            "answer all the same with --force"
-        )
-    return [problem]
-
-
-def check_count(metrics: Mapping[str, Any], cfg: Config) -> list[str]:
-    """Say when the thresholds were chosen for another number of descriptions."""
-    k, asked = metrics["k"], cfg.inference_descriptions
-    if asked == k:
-        return []
-    return [f"thresholds were chosen for {k} descriptions an image, now {asked}"]
+def stages(model: Model, asked: int) -> list[int]:
+    """Numbers of descriptions after which it is decided; the last is `asked`."""
+    return [stage for stage in model.stages if stage < asked] + [asked]
 
 
 # --- One image after another --------------------------------------------------------
 
 
 @dataclass
-class Task:
-    """One file while it is worked on, and what came of it."""
+class Result:
+    """One file, and what came of it."""
 
     path: Path
     picture: PreparedImage | None = None
-    image_id: str = ""
-    answers: dict[int, Answer] = field(default_factory=dict)
-    pending: int = 0
+    texts: list[str] = field(default_factory=list)
     error: str = ""
     decision: Decision | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The descriptions, in the order of their prompts."""
-        return [self.answers[index].text for index in sorted(self.answers)]
 
 
 class Inference:
@@ -193,144 +168,212 @@ class Inference:
         self,
         server: VlmServer,
         model: "asyncio.Task[Model]",
+        book: AnswerBook,
         cfg: Config,
-        deliver: Callable[[Task], object],
+        deliver: Callable[[Result], object],
     ) -> None:
-        self._server = server
-        self._model = model
-        self._cfg = cfg
-        self._deliver = deliver
-        self._order: list[Task] = []
-        self._finished: set[int] = set()
+        self._server, self._model, self._book = server, model, book
+        self._cfg, self._deliver = cfg, deliver
+        self._waiting: list[Result] = []
+        self._finished: list[Result] = []
+        self._first: dict[str, asyncio.Future[Result]] = {}
 
     async def run(self, paths: Sequence[Path]) -> None:
         """Classify every file; a file that fails is delivered with its reason."""
-        await utils.in_lanes(paths, self._open, self._ask, self._cfg)
+        results = [Result(path) for path in paths]
+        self._waiting = list(results)
+        slots = utils.slots_of(self._cfg, [self._server])
+        await utils.image_by_image(results, _prepared, self._work, slots)
 
-    async def _open(self, path: Path) -> list[tuple[Task, Question]]:
-        task = Task(path)
-        self._order.append(task)
+    async def _work(self, result: Result, _: None, turn: Turn) -> None:
+        picture = result.picture
+        if picture is not None:
+            first = self._first.get(picture.image_id)
+            if first is None:
+                first = asyncio.get_running_loop().create_future()
+                self._first[picture.image_id] = first
+                await self._classify(result, picture, turn)
+                first.set_result(result)
+            else:  # equal pixels are asked once
+                turn.end()
+                twin = await first
+                result.decision, result.error = twin.decision, twin.error
+                result.texts = twin.texts
+        self._finished.append(result)
+        while self._waiting and self._waiting[0] in self._finished:
+            self._finished.remove(self._waiting[0])
+            self._deliver(self._waiting.pop(0))
+
+    async def _classify(
+        self, result: Result, picture: PreparedImage, turn: Turn
+    ) -> None:
+        """The picture first, then the descriptions, stage by stage."""
+        model = await self._model
+        how = {
+            "one_reader": self._cfg.one_reader,
+            "any_modality": self._cfg.any_modality,
+        }
+        pixels = await asyncio.to_thread(utils.picture_statistics, picture.grey)
+        modality = picture.header.get("modality", "")
+        decision = utils.decide(model, None, pixels, modality, 0, **how)
+        if decision.reason and not self._cfg.ask_all:
+            result.decision = decision
+            return
+        answers = self._book.of(picture)
+        asked = utils.questions("generic", self._cfg.inference_descriptions)
         try:
-            task.picture = await asyncio.to_thread(utils.prepare_image, path)
+            for stage in stages(model, len(asked)):
+                some, turn.stays = asked[:stage], stage < len(asked)
+                await utils.ask(picture, some, answers, turn)
+                result.texts = answers.texts(some)
+                rows = answers.rows(some)
+                limits = stage if stage in model.stages else model.stages[-1]
+                decision = utils.decide(model, rows, pixels, modality, limits, **how)
+                if not decision.reason and not self._cfg.ask_all:
+                    break
         except RejectedError as error:
-            task.error = str(error)
-            self._finish(task)
-            return []
-        task.image_id = task.picture.image_id
-        task.pending = self._cfg.inference_descriptions
-        return [(task, q) for q in utils.questions("generic", task.pending)]
+            result.error = str(error)
+            return
+        result.decision = decision
 
-    async def _ask(self, job: tuple[Task, Question]) -> None:
-        task, question = job
-        try:
-            if task.picture and not task.error:
-                task.answers[question.index] = await self._server.describe(
-                    task.picture, question, (), lambda *_: None
-                )
-        except RejectedError as error:
-            task.error = str(error)
-        task.pending -= 1
-        if not task.pending:
-            await self._decide(task)
 
-    async def _decide(self, task: Task) -> None:
-        task.picture = None
-        rows = [] if task.error else await self._server.embed(task.texts)
-        usable = [row for row in rows if row is not None]
-        if not task.error and len(usable) < len(rows):
-            task.error = "a description can't be embedded: try again"
-        if not task.error:
-            model = await self._model
-            task.decision = utils.decide(
-                np.stack(usable),
-                model.scaler,
-                model.classifier,
-                model.neighbours,
-                model.thresholds,
-            )
-        self._finish(task)
-
-    def _finish(self, task: Task) -> None:
-        """Deliver what is ready, as far as no earlier file is still open."""
-        self._finished.add(id(task))
-        while self._order and id(self._order[0]) in self._finished:
-            ready = self._order.pop(0)
-            self._finished.discard(id(ready))
-            self._deliver(ready)
+def _prepared(result: Result) -> None:
+    try:
+        result.picture = utils.prepare_image(result.path)
+    except RejectedError as error:
+        result.error = str(error)
 
 
 # --- What comes out -----------------------------------------------------------------
 
 
-def record(task: Task, warnings: Sequence[str]) -> dict[str, Any]:
+def record(result: Result, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """One result with stable keys, for --json; README lists them."""
-    result: dict[str, Any] = {"file": str(task.path), "image_id": task.image_id}
-    if task.decision is None:
-        return {**result, "error": task.error}
+    decision, picture = result.decision, result.picture
+    image_id = picture.image_id if picture else ""
+    found: dict[str, Any] = {"file": str(result.path), "image_id": image_id}
+    if decision is None:
+        return {**found, "error": result.error, **made_with}
     return {
-        **result,
-        "class": task.decision.label,
-        "best_class": task.decision.best_class,
-        "confidences": task.decision.confidences,
-        "novelty": task.decision.novelty,
-        "reason": task.decision.reason,
-        "nearest": task.decision.nearest,
-        "descriptions": task.texts,
-        "warnings": list(warnings),
+        **found,
+        "class": decision.label,
+        "best_class": decision.best_class,
+        "confidences": decision.confidences,
+        "reason": decision.reason,
+        "stage": decision.stage,
+        "questions": len(result.texts),
+        "descriptions_say": asdict(decision.words) if decision.words else None,
+        "picture_says": asdict(decision.picture) if decision.picture else None,
+        "descriptions": result.texts,
+        **made_with,
     }
 
 
-def line(task: Task) -> str:
+def line(result: Result) -> str:
     """One result for a person: file, class, confidences, and why if inconclusive."""
-    if task.decision is None:
-        return f"{task.path}: failed: {task.error}"
-    ranked = sorted(task.decision.confidences.items(), key=lambda pair: -pair[1])
-    shares = ", ".join(f"{label} {share:.1%}" for label, share in ranked)
-    reason = f" · {task.decision.reason}" if task.decision.reason else ""
-    return f"{task.path}: {task.decision.label} · {shares}{reason}"
+    decision = result.decision
+    if decision is None:
+        return f"{result.path}: failed: {result.error}"
+    ranked = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
+    parts = [", ".join(f"{label} {share:.1%}" for label, share in ranked)]
+    if decision.picture:
+        parts.append(f"picture {decision.picture.label}")
+    parts.append(decision.reason)
+    return f"{result.path}: " + " · ".join([decision.label, *filter(None, parts)])
 
 
-def details(task: Task) -> Iterator[str]:
-    """What --verbose adds: the nearest training images and the descriptions."""
-    if task.decision is not None:
-        yield f"    novelty {task.decision.novelty:.2f}"
-        yield f"    nearest in training: {', '.join(task.decision.nearest)}"
-    for text in task.texts:
+def details(result: Result) -> Iterator[str]:
+    """What --verbose adds: what each reader saw, and the descriptions."""
+    decision = result.decision
+    if decision is not None:
+        for name, opinion in (
+            ("descriptions", decision.words),
+            ("picture", decision.picture),
+        ):
+            if opinion is not None:
+                yield (
+                    f"    {name}: {opinion.label}, novelty {opinion.novelty:.2f} of "
+                    f"its limit, nearest in training: {', '.join(opinion.nearest)}"
+                )
+        yield f"    {len(result.texts)} questions, decided at {decision.stage}"
+    for text in result.texts:
         yield f"    - {' '.join(text.split())}"
 
 
-def csv_row(result: Mapping[str, Any]) -> dict[str, object]:
-    """The flat row of a record: confidences in a column per class."""
-    shares = result.get("confidences", {})
-    flat = {k: v for k, v in result.items() if not isinstance(v, list | dict)}
-    flat["warnings"] = "; ".join(result.get("warnings", ()))
-    return {**flat, **{f"confidence_{name}": share for name, share in shares.items()}}
+TABLE_COLUMNS = (
+    *("file", "image_id", "class", "best_class", "reason", "stage", "questions"),
+    *("descriptions_say", "descriptions_novelty", "descriptions_nearest"),
+    *("picture_says", "picture_novelty", "picture_nearest", "error", "warnings"),
+    *("time", "program_version", "vlm_digest", "embedder_digest", "model"),
+)
 
 
-def write_table(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write all results as one CSV table."""
-    fixed = ["file", "image_id", "class", "best_class", "novelty", "reason"]
-    rows = [csv_row(result) for result in results]
-    shares = sorted({key for row in rows for key in row if key.startswith("confid")})
-    utils.write_csv(path, [*fixed, *shares, "error", "warnings"], rows)
+def table_row(found: Mapping[str, Any]) -> dict[str, object]:
+    """The flat row of a record: a column per class, reader and part of an opinion."""
+    flat = {k: v for k, v in found.items() if not isinstance(v, list | dict)}
+    for say in ("descriptions_say", "picture_says"):
+        if opinion := found.get(say):
+            name = say.split("_", maxsplit=1)[0]
+            flat[say], flat[f"{name}_novelty"] = opinion["label"], opinion["novelty"]
+            flat[f"{name}_nearest"] = "; ".join(opinion["nearest"])
+    flat["warnings"] = "; ".join(found.get("warnings", ()))
+    shares = found.get("confidences", {})
+    return flat | {f"confidence_{name}": share for name, share in shares.items()}
 
 
-def copy_into(folder: Path, task: Task) -> Path | None:
+class Table:
+    """The CSV file of --csv: opened before the first question, a row as it comes."""
+
+    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb")
+        shares = [f"confidence_{name}" for name in classes]
+        self._writer = csv.DictWriter(
+            utils.csv_text(self._file),
+            [*TABLE_COLUMNS, *shares],
+            extrasaction="ignore",
+            lineterminator="\n",
+        )
+        self._writer.writeheader()
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Write one row; it is in the file when this returns."""
+        self._writer.writerow(table_row(found))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def copy_into(folder: Path, result: Result, book: AnswerBook) -> None:
     """Copy an image into the folder of its class; the original stays where it is.
 
-    A file of that name that is already there is left alone: the same content needs no
-    copy, other content gets a name with the image's id.
+    A file that is already there is never replaced: the same content needs no copy,
+    other content gets another name. The image's journal keeps that and where.
     """
-    if task.decision is None:
-        return None
-    target = folder / task.decision.label.replace(" ", "_") / task.path.name
-    if target.exists():
-        if utils.sha256_of(target) == utils.sha256_of(task.path):
-            return target
-        target = target.with_name(f"{target.stem}_{task.image_id[:12]}{target.suffix}")
-    with utils.atomic_write(target) as copy, task.path.open("rb") as original:
-        shutil.copyfileobj(original, copy)
-    return target
+    if result.decision is None or result.picture is None:
+        return
+    label = result.decision.label
+    name = "no_concluyente" if label == config.INCONCLUSIVE else label
+    original, image_id = result.path, result.picture.image_id
+    digest = utils.sha256_of(original)
+    suffixes = ["", f"_{image_id[:12]}", *(f"_{digest[:n]}" for n in (12, 24, 64))]
+    for suffix in suffixes:
+        target = folder / name / f"{original.stem}{suffix}{original.suffix}"
+        if not target.exists():
+            with utils.atomic_write(target) as copy, original.open("rb") as file:
+                shutil.copyfileobj(file, copy)
+            break
+        if utils.sha256_of(target) == digest:
+            return
+    copied = {"to": str(target.resolve()), "class": label, "time": now()}
+    book.of(result.picture).journal.add({"key": "copied", **copied})
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # --- The phase ----------------------------------------------------------------------
@@ -340,7 +383,15 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files named, and all files below the folders named, in that order."""
     found: list[Path] = []
     for path in paths:
-        found += utils.find_files(path) if path.is_dir() else [path]
+        if any(sign in str(path) for sign in "*?[") and not path.exists():
+            # The shells of Windows leave wildcards to the program.
+            found += find_images(sorted(path.parent.glob(path.name)) or [path / ""])
+        elif path.is_dir():
+            found += utils.find_files(
+                path, lambda one, why: log.warning("%s: %s", one, why)
+            )
+        else:
+            found.append(path)
     if not found:
         raise PipelineError(f"{paths[0]} holds no file: name a DICOM file or a folder")
     return found
@@ -350,72 +401,97 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
     """Classify the files; 0 when every one has a result, 1 when some failed."""
     files = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
+    check_conditions(metrics, None, cfg)
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    results: list[dict[str, Any]] = []
-    failed = 0
-
-    def deliver(task: Task, warnings: Sequence[str]) -> None:
-        nonlocal failed
-        failed += task.decision is None
-        results.append(record(task, warnings))
-        show(task, results[-1], cfg)
-        if cfg.copy_to:
-            copy_into(cfg.copy_to, task)
-
-    try:
-        utils.run_async(classify(files, metrics, cfg, deliver))
-    finally:
-        # Also after Ctrl-C or a lost server: what is known is not asked again.
-        if cfg.csv and results:
-            write_table(cfg.csv, results)
-    return utils.EXIT_SOME_FAILED if failed else utils.EXIT_DONE
-
-
-def show(task: Task, result: Mapping[str, Any], cfg: Config) -> None:
-    """Print one result at once, for a person or as a line of JSON."""
-    if cfg.json:
-        print(json.dumps(result, ensure_ascii=True), flush=True)
-        return
-    print(line(task), flush=True)
-    if cfg.verbose:
-        print(*details(task), sep="\n", flush=True)
+    with ExitStack() as opened:
+        table = Table(cfg.csv, metrics["class_names"]) if cfg.csv else None
+        if table:
+            opened.callback(table.close)
+        return utils.run_async(classify(files, metrics, table, cfg))
 
 
 async def classify(
-    files: Sequence[Path],
-    metrics: Mapping[str, Any],
-    cfg: Config,
-    deliver: Callable[[Task, Sequence[str]], object],
-) -> None:
+    files: Sequence[Path], metrics: Mapping[str, Any], table: Table | None, cfg: Config
+) -> int:
     """Check that model and server fit, then work through the files."""
-    check_conditions(metrics, utils.conditions(cfg, None), cfg)
-    folder = cfg.folder("model_dir")
-    model = asyncio.create_task(asyncio.to_thread(load_model, folder, metrics))
-    try:
+    folder, failed = cfg.folder("model_dir"), 0
+    model = asyncio.create_task(asyncio.to_thread(utils.load_model, folder, metrics))
+    with ExitStack() as shown:
         async with VlmServer(cfg, log.info) as server:
             facts = await server.preflight()
-            warnings = check_conditions(metrics, utils.conditions(cfg, facts), cfg)
-            warnings += check_probe(metrics, facts, cfg)
-            warnings += check_count(metrics, cfg)
+            warnings = check_conditions(metrics, facts, cfg)
+            if cfg.inference_descriptions != metrics["k"]:
+                warnings.append(
+                    f"thresholds were chosen for {metrics['k']} descriptions an "
+                    f"image, now {cfg.inference_descriptions}"
+                )
             for warning in warnings if not cfg.json else ():
                 print(f"warning: {warning}", flush=True)
-            inference = Inference(
-                server, model, cfg, lambda task: deliver(task, warnings)
-            )
-            await inference.run(files)
-    finally:
-        with suppress(Exception):
-            await model
+            book = open_book(cfg, facts)
+            shown.enter_context(logging_redirect_tqdm())
+            bar = tqdm(total=len(files), unit="image", disable=cfg.quiet or None)
+            shown.callback(bar.close)
+            made_with = {
+                "program_version": config.PROGRAM_VERSION,
+                "vlm_digest": facts.vlm_digest,
+                "embedder_digest": facts.embedder_digest,
+                "model": utils.sha256_of(folder / config.METRICS)[:12],
+                "warnings": warnings,
+            }
+
+            def deliver(result: Result) -> None:
+                nonlocal failed
+                failed += result.decision is None
+                found = record(result, {"time": now(), **made_with})
+                with tqdm.external_write_mode(sys.stdout):
+                    show(result, found, cfg)
+                bar.update()
+                if table:
+                    table.add(found)
+                if cfg.copy_to:
+                    copy_into(cfg.copy_to, result, book)
+
+            await Inference(server, model, book, cfg, deliver).run(files)
+    return utils.EXIT_SOME_FAILED if failed else utils.EXIT_DONE
+
+
+def open_book(cfg: Config, facts: ServerFacts) -> AnswerBook:
+    """The journal, or, where nothing can be written, one that keeps nothing."""
+    folder = cfg.folder("dataset_dir") / config.JOURNAL_DIR
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        book = AnswerBook(folder, cfg, facts)
+        book.touch()
+    except OSError as error:
+        log.warning(
+            "warning: %s can't be written (%s): answers are not kept",
+            *(folder, error.strerror),
+        )
+        book = AnswerBook(None, cfg, facts)
+    for note in book.notes:
+        log.warning("note: %s", note)
+    return book
+
+
+def show(result: Result, found: Mapping[str, Any], cfg: Config) -> None:
+    """Print one result at once, for a person or as a line of JSON."""
+    if cfg.json:
+        print(json.dumps(found, ensure_ascii=True), flush=True)
+        return
+    print(line(result), flush=True)
+    if cfg.verbose:
+        print(*details(result), sep="\n", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: flags, logging, one line for what a user can mend."""
     cfg, paths = config.parse_config(
-        4, __doc__ or "", argv, ("PATH", "DICOM file, or folder of DICOM files")
+        4, __doc__ or "", argv, ("PATH", "files or folders")
     )
     utils.start_logging(log, cfg)
-    return utils.exit_code(lambda: run(cfg, paths), log.error)
+    kept = "every answer so far is kept; the same command goes on with it"
+    return utils.exit_code(lambda: run(cfg, paths), log.error, kept)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ import codecs
 import csv
 import errno
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import logging
 import math
 import os
-import random
 import re
 import signal
 import stat
@@ -24,9 +23,10 @@ import struct
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -37,15 +37,17 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import filelock
 import imagecodecs
 import numpy as np
+import tenacity
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataelem import DataElement, RawDataElement
@@ -70,30 +72,9 @@ from pydicom.valuerep import VR
 
 import config
 
-
-def _imported_later(name: str) -> Any:
-    """A module that is loaded at its first use: phases 1 and 3 ask no server."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-if TYPE_CHECKING:
-    import httpx
-    import ollama
-else:
-    httpx, ollama = _imported_later("httpx"), _imported_later("ollama")
-
 Result = TypeVar("Result")
 Item = TypeVar("Item")
-Job = TypeVar("Job")
+Prepared = TypeVar("Prepared")
 
 # --- Running a phase ----------------------------------------------------------------
 # Owns errors, exit codes and the start of the log. Never decides what a phase does.
@@ -128,16 +109,19 @@ _OPEN_ELSEWHERE = (5, 32, 33)
 """Windows: access denied, sharing violation, lock violation."""
 
 
-def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
+def exit_code(
+    run: Callable[[], int], complain: Callable[[str], object], kept: str = ""
+) -> int:
     """Run a phase and turn what a user can cause into one line and an exit code.
 
     Parameters
     ----------
     run : callable
-        The phase; returns its own exit code. A KeyboardInterrupt that it raises with a
-        text has that text said: what is true of the phase then.
+        The phase; returns its own exit code.
     complain : callable
         Takes the line that says what is wrong.
+    kept : str
+        What is true of the phase after Ctrl-C.
 
     Returns
     -------
@@ -153,8 +137,8 @@ def exit_code(run: Callable[[], int], complain: Callable[[str], object]) -> int:
         return code
     except PipelineError as error:
         complain(f"error: {error}")
-    except KeyboardInterrupt as stopped:
-        complain(f"interrupted{f': {stopped}' if str(stopped) else ''}")
+    except KeyboardInterrupt:
+        complain(f"interrupted: {kept}" if kept else "interrupted")
         return EXIT_INTERRUPTED
     except OSError as error:
         if _reader_left(error):
@@ -389,6 +373,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def class_name_problem(names: Iterable[str]) -> str:
+    """Why these can't be the names of classes side by side; empty where they can."""
+    seen: dict[str, str] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFC", name).strip().casefold()
+        if plain.replace("_", " ") == config.INCONCLUSIVE:
+            return f"{name!r} is what phase 4 says of doubtful images: rename it"
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            return f"{name!r} has characters that are not text: rename it"
+        if (other := seen.setdefault(plain, name)) != name:
+            return (
+                f"{other!r} and {name!r} differ only in case, spaces or Unicode form: "
+                "rename or merge them"
+            )
+    return ""
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with path.open("rb") as file:
@@ -434,8 +435,8 @@ class Journal:
 
     Parameters
     ----------
-    path : Path
-        The file; made by the first `add`.
+    path : Path or None
+        The file; made by the first `add`. None keeps the records in memory.
     sync_every_s : float
         Records may wait so long for the disk; a kill of the machine then loses them.
     lock_file : Path, optional
@@ -443,7 +444,10 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, sync_every_s: float = 0.0, lock_file: Path | None = None
+        self,
+        path: Path | None,
+        sync_every_s: float = 0.0,
+        lock_file: Path | None = None,
     ) -> None:
         self.path, self._every, self._synced = path, sync_every_s, 0.0
         self._lock = filelock.FileLock(lock_file) if lock_file else nullcontext()
@@ -453,7 +457,7 @@ class Journal:
 
     def refresh(self) -> None:
         """Read what was added since, by whomever."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(self._read_to)
@@ -472,13 +476,18 @@ class Journal:
 
     def add(self, *records: Mapping[str, Any]) -> None:
         """Keep records, each with its "key"; {"taken_back": keys} forgets those."""
-        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in records]
+        lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+        data = lines.encode("utf-8", "backslashreplace")
+        if self.path is None:
+            for line in data.splitlines():
+                self._take(line)
+            return
         with self._lock:
             self.refresh()
             with self.path.open("ab") as file:
                 if file.tell() > self._read_to:  # a torn line must not swallow this
                     file.write(b"\n")
-                file.write("".join(lines).encode("utf-8", "backslashreplace"))
+                file.write(data)
                 file.flush()
                 if time.monotonic() - self._synced >= self._every:
                     os.fsync(file.fileno())
@@ -522,6 +531,7 @@ HEADER_MB = 64
 """Room for the header beside --max-image-mb."""
 
 Elements = dict[BaseTag, RawDataElement | DataElement]
+_ITEM, _END_OF_ITEMS = b"\xfe\xff\0\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 _OTHER_KINDS = {
     **{b"%PDF": "a PDF document", b"PK": "a ZIP archive or an office document"},
@@ -671,11 +681,7 @@ def _inflate(data: bytes, limit_mb: int, surely: bool) -> bytes:
 
 
 class _MendableError(Exception):
-    """Bytes that pydicom can't read past: `length` of them, at `at`, become `mended`."""
-
-    def __init__(self, at: int, length: int, mended: bytes, note: str) -> None:
-        super().__init__(note)
-        self.at, self.length, self.mended, self.note = at, length, mended, note
+    """What pydicom can't read past: offset, length, bytes in their place, note."""
 
 
 def _read_elements(
@@ -689,10 +695,11 @@ def _read_elements(
             end = _walk(elements, file, size, implicit, little)
             break
         except _MendableError as fault:
-            notes.append(str(fault))
+            at, length, mended, note = fault.args
+            notes.append(note)
             file.seek(0)
             data = bytearray(file.read())
-            data[fault.at : fault.at + fault.length] = fault.mended
+            data[at : at + length] = mended
             file, size = io.BytesIO(data), len(data)
             file.seek(start)
     if size - end > 1:
@@ -703,39 +710,45 @@ def _read_elements(
     return elements
 
 
+class _Watch:
+    """Looks at each element before its value is read, and says where to stop.
+
+    pydicom reads a value that is longer than the file, and one after a VR that it
+    doesn't know, without a word. What follows the image is left out.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, implicit: bool) -> None:
+        self.file, self.size, self.implicit, self.last = file, size, implicit, 0
+
+    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
+        at = self.file.tell()
+        if not self.implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
+            _check_vr(self.file, at - 8)
+        too_long = length != UNDEFINED_LENGTH and at + length > self.size
+        if self.last >= PIXEL_DATA and (too_long or tag <= self.last):
+            return True
+        if too_long:
+            there = self.size - at
+            raise RejectedError(
+                f"is truncated: {tag} says {length} bytes, {there} are there"
+            )
+        self.last = self.last if tag.group == ITEM_GROUP else tag
+        return False
+
+
 def _walk(
     elements: Elements, file: BinaryIO, size: int, implicit: bool, little: bool
 ) -> int:
-    """Read the elements, and where they end.
-
-    pydicom reads a value that is longer than the file, and one after a VR that it
-    doesn't know, without a word: so each element is looked at before its value is read.
-    """
-    last, end = 0, file.tell()
-
-    def is_no_part(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal last
-        at = file.tell()
-        if not implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
-            _check_vr(file, at - 8)
-        too_long = length != UNDEFINED_LENGTH and at + length > size
-        if last >= PIXEL_DATA and (too_long or tag <= last):
-            return True
-        if too_long:
-            raise RejectedError(
-                f"is truncated: {tag} says {length} bytes, {size - at} are there"
-            )
-        last = last if tag.group == ITEM_GROUP else tag
-        return False
-
+    """Read the elements, and where they end."""
+    watch, end = _Watch(file, size, implicit), file.tell()
     try:
-        for element in data_element_generator(file, implicit, little, is_no_part):
+        for element in data_element_generator(file, implicit, little, watch):
             elements[element.tag], end = element, file.tell()
-    except EOFError:  # no delimiter before the end of the file
-        if PIXEL_DATA not in elements and last == PIXEL_DATA:
+    except (EOFError, OSError) as error:  # no delimiter before the end of the file
+        if watch.last == PIXEL_DATA and isinstance(error, EOFError):
             note = "its compressed pixels had no delimiter at their end"
-            raise _MendableError(size, 0, b"\xfe\xff\xdd\xe0\0\0\0\0", note) from None
-        if PIXEL_DATA not in elements:
+            raise _MendableError(size, 0, _END_OF_ITEMS, note) from None
+        if watch.last <= PIXEL_DATA:
             raise
     return end
 
@@ -943,10 +956,10 @@ def decode(
     if layout.size > min(limit_mb << 20, UNDEFINED_LENGTH - 1):
         size_mb = layout.size >> 20
         raise RejectedError(f"would decode to {size_mb} MB: see --max-image-mb")
-    wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
     middle = layout.frames // 2
     wanted = slice(middle, middle + 1) if middle_only else slice(None)
     precision, codec = 0, ""
+    wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
     if wrapped or getattr(element, "length", 0) == UNDEFINED_LENGTH:
         streams = _streams(value, layout.frames, notes)
         facts = stream_facts(streams[0], layout)
@@ -959,10 +972,7 @@ def decode(
     elif not is_known:  # some have another byte order
         raise RejectedError(f"has an unknown transfer syntax: {uid}")
     else:
-        if uid and uid.is_compressed and not uid.is_deflated:
-            notes.append("said compressed, is not")
-        values = _native(value, element, layout, not uid or uid.is_little_endian, notes)
-        values = values[wanted]
+        values = _native(value, element.VR, layout, uid, notes)[wanted]
         layout = replace(layout, bits_allocated=8 * values.itemsize)
     planes = _embedded_overlays(dataset, layout)
     if middle_only and layout.frames > 1 and not _fits(values, layout):
@@ -978,9 +988,12 @@ def decode(
 
 
 def _native(
-    value: bytes, element: Any, layout: PixelLayout, little: bool, notes: list[str]
+    value: bytes, vr: str, layout: PixelLayout, uid: UID, notes: list[str]
 ) -> NDArray[Any]:
     """Samples of native pixel data, (frames, samples) in the order of storage."""
+    little = not uid or uid.is_little_endian
+    if uid and uid.is_compressed and not uid.is_deflated:
+        notes.append("said compressed, is not")
     bits, count = layout.bits_allocated, layout.frames * layout.frame_samples
     if len(value) < layout.size:
         raise RejectedError(
@@ -988,17 +1001,12 @@ def _native(
         )
     if (excess := len(value) - layout.size) > 1:
         notes.append(f"{excess} bytes after the last frame left out")
-    if not little and bits < 16 and element.VR == "OW":  # PS3.5 A.3: words are swapped
+    if not little and bits < 16 and vr == "OW":  # PS3.5 A.3: words are swapped
         value = np.frombuffer(value, "u2", len(value) // 2).byteswap().tobytes()
-    if not little and bits > 16 and element.VR == "OW":
+    if not little and bits > 16 and vr == "OW":
         notes.append(f"bytes were swapped in words of {bits} bits")
-    if bits == 1:
-        packed = np.frombuffer(value, np.uint8)
-        samples = np.unpackbits(packed, count=count, bitorder="little")
-    elif bits == 12:  # three bytes hold two samples
-        nibbles = np.frombuffer(value, np.uint8)[:, None] >> (0, 4) & 15
-        parts = nibbles.ravel()[: 3 * count].reshape(-1, 3).astype("<u2")
-        samples = parts[:, 0] | parts[:, 1] << 4 | parts[:, 2] << 8
+    if bits in (1, 12):
+        samples = _unpacked(np.frombuffer(value, np.uint8), bits, count)
     elif bits in (8, 16, 32, 64):
         kind = f"{'<' if little else '>'}{'i' if layout.signed else 'u'}{bits // 8}"
         samples = np.frombuffer(value, kind, count)
@@ -1007,6 +1015,14 @@ def _native(
     return samples.astype(samples.dtype.newbyteorder("<"), copy=False).reshape(
         layout.frames, -1
     )
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[Any]:
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little")
+    nibbles = packed[:, None] >> (0, 4) & 15
+    three = nibbles.ravel()[: 3 * count].reshape(-1, 3).astype("<u2")
+    return np.asarray(three[:, 0] | three[:, 1] << 4 | three[:, 2] << 8)
 
 
 def _bits(samples: NDArray[Any]) -> NDArray[Any]:
@@ -1085,7 +1101,8 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
         As `decode`.
     """
     pixels = decode(dataset, middle_only=True)
-    layout, flat = pixels.layout, pixels.values.ravel()
+    layout = pixels.layout
+    flat: NDArray[Any] = pixels.values.ravel()
     if layout.photometric.endswith("_422"):
         data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
         flat = np.frombuffer(data, flat.dtype)
@@ -1103,7 +1120,6 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
 # stream overshoots 16 bits, OpenJPH turns white into black (imagecodecs 2026.3.6);
 # OpenJPEG, which reads HTJ2K too, clips.
 
-_ITEM = b"\xfe\xff\0\xe0"
 _CODECS = {
     **{f"1.2.840.10008.1.2.4.{number}": "JPEG" for number in range(50, 57)},
     **{f"1.2.840.10008.1.2.4.{number}": "JPEG Lossless" for number in (57, 58, 70)},
@@ -1333,6 +1349,8 @@ class PreparedImage:
     """SHA-256 of the grey levels as sent."""
     png: bytes
     """IMAGE_SIDE_PX squared, 8-bit grey; the same bytes object in every call."""
+    header: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """HEADER_FACTS, texts; empty where the file has none."""
 
     @property
     def grey(self) -> NDArray[np.uint8]:
@@ -1374,8 +1392,143 @@ def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
     png = io.BytesIO()
     Image.fromarray(view).save(png, "PNG", compress_level=1)
     return PreparedImage(
-        image_id=digest_of(pixels), view_id=digest_of(view), png=png.getvalue()
+        image_id=digest_of(pixels),
+        view_id=digest_of(view),
+        png=png.getvalue(),
+        header=header_facts(dataset),
     )
+
+
+HEADER_FACTS = {
+    "sop_instance_uid": ("SOPInstanceUID",),
+    "modality": ("Modality",),
+    "manufacturer": ("Manufacturer",),
+    "detector": ("DetectorID", "DeviceSerialNumber"),
+    "station": ("StationName", "DeviceSerialNumber"),
+    "day": ("AcquisitionDate", "AcquisitionDateTime", "ContentDate", "StudyDate"),
+    "study": ("StudyInstanceUID",),
+    "rows": ("Rows",),
+    "columns": ("Columns",),
+    "kvp": ("KVP",),
+    "mas": ("ExposureInuAs", "Exposure"),
+}
+"""What phase 3 needs of a header: the first attribute that has a value."""
+
+
+def header_facts(dataset: Dataset) -> dict[str, str]:
+    """The header facts of an image, as texts of one line."""
+    facts = {}
+    for name, keywords in HEADER_FACTS.items():
+        values = (_header_text(dataset, keyword) for keyword in keywords)
+        facts[name] = next(filter(None, values), "")
+    facts["day"] = facts["day"][:8]
+    return facts
+
+
+def _header_text(dataset: Dataset, keyword: str) -> str:
+    value = text(dataset, keyword)
+    if keyword == "ExposureInuAs":
+        micro = number(value)
+        value = "" if micro is None else f"{micro / 1000:g}"
+    return " ".join(value.split())[:200]
+
+
+# The second reader's view of the picture.
+
+CONTRAST_SIGMA, CONTRAST_FLOOR = 6.0, 0.02
+"""Local contrast: pixels of the halved picture, and the grey that counts as none."""
+
+
+def picture_statistics(view: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Describe the prepared picture in 40 numbers that need no vision model.
+
+    Twenty-eight tell its structure: the power spectrum of the picture, its local
+    contrast normalised, in ten rings of frequency; in nine of them how far it keeps to
+    one direction (an edge, bars) and to two crossed ones (a plate, a block). Two tell
+    how much contrast there is, and on what share. Ten tell its grain: the shares of
+    rotation-invariant uniform local binary patterns (Ojala et al., PAMI 24 (2002) 971).
+    A Hann window makes margins, collimation and padding count for little.
+
+    Parameters
+    ----------
+    view : ndarray, uint8 (rows, columns)
+        As `prepare_image` makes it, with its padding.
+
+    Returns
+    -------
+    ndarray, float32 (40,)
+        Finite also for a black picture, or a strip of one row. Mirrored or turned by
+        90 degrees the picture has the same numbers.
+    """
+    content = _without_padding(view)
+    return np.concatenate([_structure(content), _grain(content)]).astype(np.float32)
+
+
+def _without_padding(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Cut the same number of padding lines from both sides of one axis."""
+    cuts = []
+    for axis in (0, 1):
+        lines = np.flatnonzero((view != config.PADDING_GREY).any(axis=1 - axis))
+        last = view.shape[axis] - 1
+        cuts.append(min(lines[0], last - lines[-1]) if lines.size else 0)
+    down, across = cuts
+    if down > across:
+        return view[down : len(view) - down]
+    return view[:, across : view.shape[1] - across] if across > down else view
+
+
+def _hann(shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """A window of sum 1 without the zeros at its ends; in float32 it is too coarse."""
+    down, across = (np.hanning(side + 2)[1:-1] for side in shape)
+    window = np.outer(down, across)
+    return np.asarray(window / window.sum())
+
+
+def _structure(content: NDArray[np.uint8]) -> NDArray[np.float64]:
+    from scipy.ndimage import gaussian_filter  # noqa: PLC0415
+
+    height, width = (max(8, side // 2) for side in content.shape)
+    picture = Image.fromarray(content.astype(np.float32) / np.float32(255))
+    halved = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    blur = partial(gaussian_filter, sigma=CONTRAST_SIGMA, truncate=2.5)
+    detail = halved - blur(halved)
+    contrast = np.sqrt(np.maximum(blur(detail**2), 0))
+    normal = detail / (contrast + CONTRAST_FLOOR)
+    window = _hann(normal.shape)
+    windowed = normal.size * window * (normal - np.sum(window * normal))
+    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    power = np.abs(np.fft.rfft2(windowed)) ** 2
+    # Half of the frequencies are left out by rfft2: their mirror images count for them.
+    power[:, 1 : (width + 1) // 2] *= 2
+    edges = [0, *np.geomspace(0.012, 0.5, 10)]
+    ring = np.searchsorted(edges, np.hypot(down, across), side="right") - 1
+
+    def by_ring(values: NDArray[Any]) -> NDArray[np.float64]:
+        return np.bincount(ring.ravel(), values.ravel(), 11)[:10]
+
+    angle = np.arctan2(down, across)
+    total = by_ring(power) + 1e-9
+    parts = [np.log(total / total.sum() + 1e-6)]
+    for fold in (2, 4):
+        real, imaginary = np.cos(fold * angle), np.sin(fold * angle)
+        along = np.hypot(by_ring(power * real), by_ring(power * imaginary))
+        parts.append((along / total)[1:])
+    mean_contrast = np.log(np.sum(window * contrast) + 0.001)
+    covered = np.sum(window * (contrast > CONTRAST_FLOOR))
+    return np.concatenate([*parts, [mean_contrast, covered]])
+
+
+def _grain(content: NDArray[np.uint8]) -> NDArray[np.float64]:
+    height, width = content.shape
+    padded = np.pad(content.astype(np.int16), 1, mode="edge")
+    around = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
+    centre = content.astype(np.int16) + 2
+    bits = [padded[y : y + height, x : x + width] >= centre for y, x in around]
+    ones = np.sum(bits, axis=0)
+    changes = np.sum([bits[i] != bits[i - 1] for i in range(8)], axis=0)
+    codes = np.where(changes <= 2, ones, 9)
+    shares = np.bincount(codes.ravel(), _hann(content.shape).ravel(), 10)
+    return np.sqrt(shares)
 
 
 def preparation() -> dict[str, Any]:
@@ -1421,9 +1574,9 @@ def _pixel_aspect(dataset: Dataset) -> float:
     """Height of a pixel over its width (PS3.3 10.7.1.3, C.7.6.3.1.7); 1 if unknown."""
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
         sizes = [number(one) or 0.0 for one in texts(dataset, keyword)]
-        if len(sizes) == 2 and min(sizes) > 0:
-            if 1 / MAX_ASPECT <= (aspect := sizes[0] / sizes[1]) <= MAX_ASPECT:
-                return aspect
+        aspect = sizes[0] / sizes[1] if len(sizes) == 2 and min(sizes) > 0 else 0.0
+        if 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+            return aspect
     return 1.0
 
 
@@ -1467,23 +1620,51 @@ def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return square
 
 
-# --- The vision language model ------------------------------------------------------
+# --- The server ---------------------------------------------------------------------
+# Owns what is asked of Ollama, in which order, how often, and which answers can be
+# used. Never sees a class or a decision.
 
-REFUSAL_OPENINGS = (
-    "i'm sorry",
-    "i am sorry",
-    "sorry,",
-    "i cannot",
-    "i can't",
-    "as an ai",
-)
-"""Openings of an answer that declines to describe; counted, not asked again."""
+TEXT_ATTEMPTS = 3
+"""Seeds tried for one question before its image is given up for this run."""
 
-HARD_PROBLEMS = ("broken", "empty", "looping", "unembeddable")
-"""Answers that can't stand in the dataset; "cut" and "refusal" are only counted."""
+EMBED_CHUNK = 32
+"""Texts per embedding request: a list saves round trips but fails as a whole."""
+
+CONNECT_S, ANSWER_S, LOAD_S = 5.0, 600.0, 900.0
+"""Seconds to reach the server, to wait for one answer, and for a model to load.
+
+On two processor cores a model of llava-phi3's size takes some 100 s to read a new image
+and prompt, and the request behind it waits for its turn.
+"""
+
+TRIES, FIRST_PAUSE_S = 5, 0.5
+"""A failed request is tried so often; the pause before it doubles with each one."""
 
 GIVE_UP_AFTER = 8
 """Requests given up in a row, none answered between, that stop the run."""
+
+WORTH_AN_ENCODE = 6
+"""Open questions of an image for which an idle slot takes it in."""
+
+BAD_ANSWERS = 12
+"""So many unusable answers in a row, or half of as many first ones, stop the run."""
+
+SAME_EMBEDDING = 0.9999
+"""Cosine below which two embeddings of one text are not of the same engine."""
+
+HARD_PROBLEMS = ("broken", "empty", "looping", "declined", "unembeddable")
+"""Answers that can't stand in the dataset; "cut" is only counted."""
+
+_CONTROL_TOKEN = re.compile(r"<\|[^<>|]{1,30}\|>|</?s>|<unk>|<(end|start)_of_turn>")
+_DECLINED = re.compile(
+    r"\W*(i'm sorry|i am sorry|sorry|unfortunately, i|as an ai|as a language model"
+    r"|i can't|i cannot|i can not|i'm unable|i am unable|i'm not able|i am not able"
+    r"|please (upload|provide|attach)|there is no (image|picture)\b|no image)"
+    r"|.*(\[img-?\d*\]|please (upload|attach|provide) (an?|the|your) (image|picture)"
+    r"|(don't|do not|can't|cannot) (see|view) (an|any|the|your) (image|picture)\b"
+    r"(?! (artefact|artifact|noise)))",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -1511,20 +1692,65 @@ def questions(prompt_set: str, count: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the VLM said, whether it can be used, and how long it took."""
+    """What the VLM said, and whether it can be used."""
 
     text: str
-    problem: str = ""
-    """One of HARD_PROBLEMS, "cut", "refusal", or "" when all is well."""
-    vision_s: float = 0.0
-    """Seconds of prompt evaluation: image encoding and prefill."""
-    text_s: float = 0.0
-    """Seconds of generation."""
+    """Up to the first control token."""
+    problem: str
+    """One of HARD_PROBLEMS, "cut", or "" when all is well."""
+    record: Mapping[str, Any]
+    """The journal's: seed, counters, time (UTC), server_version …"""
 
     @property
     def usable(self) -> bool:
         """Whether the text may stand in the dataset."""
         return self.problem not in HARD_PROBLEMS
+
+
+def judged(record: Mapping[str, Any]) -> Answer:
+    """An HTTP 200 is no description yet: the answer, with what is wrong with it.
+
+    Judged when it is read, so that a better rule heals the journals that are there. Of
+    a record of version 1.0 its `problem` stands for done and done_reason.
+    """
+    text = _CONTROL_TOKEN.split(str(record.get("text", "")), maxsplit=1)[0].strip()
+    old = record.get("problem")
+    if not record.get("done", "text" in record and old != "broken"):
+        problem = "broken"
+    elif not text:
+        problem = "empty"
+    elif _loops(text):
+        problem = "looping"
+    elif _DECLINED.match(text.lower().replace("\u2019", "'")):
+        problem = "declined"
+    elif record.get("quarantined"):
+        problem = "unembeddable"
+    else:
+        cut = record.get("done_reason") == "length" or old == "cut"
+        problem = "cut" if cut else ""
+    return Answer(text, problem, record)
+
+
+def _loops(text: str) -> bool:
+    """Few characters, a tenth when compressed, or four words again and again."""
+    if len(text) >= 12 and len(set(text) - {" "}) < 6:
+        return True
+    packed = zlib.compress(text.encode("utf-8", "replace"))
+    words = text.lower().split()
+    runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return len(packed) * 10 <= len(text) or (bool(runs) and max(runs.values()) > 5)
+
+
+def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
+    """The answer that stands in the dataset, given all attempts so far in order.
+
+    The first whole one; a cut one only where a second attempt was no better.
+    """
+    whole = [a for a in answers if not a.problem]
+    cut = [a for a in answers if a.problem == "cut"]
+    if whole:
+        return whole[0]
+    return cut[0] if cut and len(answers) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -1534,12 +1760,12 @@ class ServerFacts:
     version: str
     vlm_digest: str
     embedder_digest: str
-    both_loaded: bool
-    """Whether VLM and embedder stay in memory together."""
-    gpu_share: float
-    """Share of the loaded VLM that lies in GPU memory, 0 to 1."""
     probe: NDArray[np.float32]
     """Today's embedding of PROBE_SENTENCE, (n_features,)."""
+    both_loaded: bool = True
+    """Whether VLM and embedder stay in memory together."""
+    gpu_share: float = 0.0
+    """Share of the loaded VLM that lies in GPU memory, 0 to 1."""
 
 
 def conditions(cfg: config.Config, facts: ServerFacts | None) -> dict[str, Any]:
@@ -1551,6 +1777,7 @@ def conditions(cfg: config.Config, facts: ServerFacts | None) -> dict[str, Any]:
     chosen = {
         "vlm": cfg.vlm,
         "embedder": cfg.embed_model,
+        "embed_prefix": embed_prefix(cfg),
         "options": vlm_options(cfg),
         "preparation": preparation(),
         "generic_prompts": [q.prompt for q in questions("generic", generic)],
@@ -1573,23 +1800,471 @@ def vlm_options(cfg: config.Config) -> dict[str, Any]:
     }
 
 
+def embed_prefix(cfg: config.Config) -> str:
+    """What stands before every text that is embedded."""
+    name = cfg.embed_model.rsplit("/", 1)[-1].split(":", 1)[0]
+    return config.EMBED_PREFIXES.get(name, "")
+
+
+def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Cosine of two vectors, (n_features,) each; 0 where their lengths differ."""
+    if one.shape != other.shape:
+        return 0.0
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+def pack_vector(vector: NDArray[np.float32]) -> str:
+    """A float32 vector as base64 text, little endian."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+
+
+def unpack_vector(text: str) -> NDArray[np.float32]:
+    """The float32 vector of `pack_vector`."""
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+
+
+# What was answered: the journal folder, shared by phases 2 and 4.
+
+
+class Identified(Protocol):
+    """An image by the digests of its pixels and of its picture."""
+
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def view_id(self) -> str: ...
+
+
+class AnswerBook:
+    """The folder of answers: one journal per image, and one of the servers seen.
+
+    Answers are found by the digest of all that was asked, vectors by text, embedder and
+    engine, which is the first server whose probe sentence had today's embedding: what
+    was asked otherwise is not found, so nothing old is mixed in.
+
+    Parameters
+    ----------
+    folder : Path or None
+        Where the journals lie; None keeps nothing.
+    """
+
+    SERVERS = "servidores.jsonl"
+
+    def __init__(
+        self, folder: Path | None, cfg: config.Config, facts: ServerFacts
+    ) -> None:
+        self.folder, self.facts = folder, facts
+        self.prefix, self.options = embed_prefix(cfg), vlm_options(cfg)
+        self.unconfirmed: list[tuple[Journal, str]] = []
+        self.servers = self._open(self.SERVERS)
+        self.notes: list[str] = []
+        """What a person should know of the server against the last one."""
+        self.engine = self._recognise()
+
+    def _open(self, name: str) -> "Journal":
+        if self.folder is None:
+            return Journal(None)
+        return Journal(self.folder / name, lock_file=self.folder / ".lock")
+
+    def _recognise(self) -> str:
+        """The engine whose probe has today's embedding; a new one is recorded."""
+        facts, packed = self.facts, pack_vector(self.facts.probe)
+        last = self.servers.get("last") or {}
+        mine = {"embedder_digest": facts.embedder_digest, "prefix": self.prefix}
+        kin = [
+            (key, cosine(unpack_vector(one["probe"]), facts.probe))
+            for key, one in self.servers.items()
+            if key != "last" and mine.items() <= one.items()
+        ]
+        engine = next((key for key, near in kin if near >= SAME_EMBEDDING), "")
+        if kin and not engine:
+            self.notes.append(
+                "the embedder gives other numbers than before (cosine of the probe "
+                f"sentence {kin[-1][1]:.4f}): texts are embedded anew"
+            )
+        if last.get("version") not in (None, facts.version):
+            self.notes.append(f"Ollama is {facts.version}, was {last['version']}")
+        now = {**mine, "probe": packed, "version": facts.version}
+        if not engine:
+            engine = _key(mine, packed)
+            self.servers.add({"key": engine, **now})
+        seen = {**now, "vlm_digest": facts.vlm_digest, "engine": engine}
+        if last != seen:
+            self.servers.add({"key": "last", **seen})
+        return engine
+
+    async def confirm(self, server: "VlmServer") -> None:
+        """The models are still the same, so that the answers so far hold.
+
+        Raises
+        ------
+        ModelChangedError
+            Another model may have given the answers since the last time: forgotten.
+        """
+        checked = len(self.unconfirmed)
+        try:
+            await server.check_unchanged()
+        except ModelChangedError:
+            for journal, key in self.unconfirmed:
+                journal.add({"taken_back": [key]})
+            raise
+        del self.unconfirmed[:checked]
+
+    def touch(self) -> None:
+        """Raise OSError where nothing can be written."""
+        self.servers.add()
+
+    def of(self, image: "Identified") -> "ImageAnswers":
+        """What is known about one image."""
+        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
+
+
+class ImageAnswers:
+    """All answers about one image and their vectors, under the book's conditions."""
+
+    def __init__(self, book: AnswerBook, journal: Journal, image: Identified) -> None:
+        self.book, self.journal = book, journal
+        self._image_id, self._view_id = image.image_id, image.view_id
+
+    def attempts(self, question: Question) -> list[Answer]:
+        """The answers to a question so far, in the order of their attempts."""
+        found: list[Answer] = []
+        while record := self.journal.get(self.key(question, len(found))):
+            answer = judged(record)
+            if answer.usable and self._refused(answer.text):
+                answer = replace(answer, problem="unembeddable")
+            found.append(answer)
+        return found
+
+    def chosen(self, question: Question) -> Answer | None:
+        """The answer that stands in the dataset, if there is one yet."""
+        return chosen_answer(self.attempts(question))
+
+    def vector(self, text: str) -> NDArray[np.float32] | None:
+        """The embedding of a text, float32 (n_features,), if there is one yet."""
+        packed = (self.journal.get(self.vector_key(text)) or {}).get("vector")
+        return unpack_vector(packed) if packed else None
+
+    def texts(self, asked: Sequence[Question]) -> list[str]:
+        """The chosen answers to questions that all have one."""
+        return [answer.text for q in asked if (answer := self.chosen(q))]
+
+    def rows(self, asked: Sequence[Question]) -> NDArray[np.float32]:
+        """Their embeddings, float32 (n_questions, n_features)."""
+        vectors = [self.vector(text) for text in self.texts(asked)]
+        return np.stack([vector for vector in vectors if vector is not None])
+
+    def _refused(self, text: str) -> bool:
+        record = self.journal.get(self.vector_key(text))
+        return record is not None and not record.get("vector")
+
+    def key(self, question: Question, attempt: int) -> str:
+        """The digest of all that was asked."""
+        seed = question.seed(self._image_id, attempt)
+        book = self.book
+        return _key(
+            self._view_id, question.prompt, seed, book.options, book.facts.vlm_digest
+        )
+
+    def vector_key(self, text: str) -> str:
+        """The digest of what was embedded, and by what."""
+        book = self.book
+        return _key(book.prefix + text, book.facts.embedder_digest, book.engine)
+
+    def keep(self, question: Question, attempt: int, reply: Mapping[str, Any]) -> None:
+        """Keep what came back, usable or not."""
+        asked = {
+            "prompt_set": question.prompt_set,
+            "prompt_index": question.index,
+            "prompt": question.prompt,
+            "seed": question.seed(self._image_id, attempt),
+        }
+        key = self.key(question, attempt)
+        self.journal.add({"key": key, **asked, **reply})
+        self.book.unconfirmed.append((self.journal, key))
+
+    def keep_vectors(self, vectors: Mapping[str, NDArray[np.float32] | None]) -> None:
+        """Keep the embeddings of texts; None where the embedder refuses one."""
+        packed = {t: None if v is None else pack_vector(v) for t, v in vectors.items()}
+        records = [{"key": self.vector_key(t), "vector": v} for t, v in packed.items()]
+        self.journal.add(*records)
+
+
+def _key(*asked: object) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+# Who is asked, and in which order.
+
+
+@dataclass
+class Slots:
+    """What the slots of all servers share."""
+
+    waiting: list["Interview"]
+    """Of every image that is being asked."""
+    unfinished: int = 0
+    """Images that are taken and not done."""
+
+
+@dataclass
+class Slot:
+    """What answers one image's questions at a time: a slot of an Ollama server.
+
+    The server finds an image that it has just seen in the slot's cache, so that an
+    image's questions come one after the other on one slot.
+    """
+
+    server: "VlmServer"
+    lanes: int
+    """Requests at once: to a single slot a second stands in the server's queue."""
+    shared: Slots
+    free: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def answer(self, png: bytes, prompt: str, seed: int) -> dict[str, Any]:
+        """Ask; see `VlmServer.answer`."""
+        return await self.server.answer(png, prompt, seed)
+
+
+class Turn:
+    """An image's time on a slot; `end` lets the next image begin."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot, self._over = slot, False
+        self.stays = False
+        """More questions may follow: `ask` doesn't end the turn."""
+
+    def end(self) -> None:
+        """Give the slot to the next image; does nothing the second time."""
+        if not self._over:
+            self._over = True
+            self.slot.free.release()
+
+
+def slots_of(cfg: config.Config, servers: Sequence["VlmServer"]) -> list[Slot]:
+    """The slots of the servers.
+
+    With several slots a second request of an image would go to another slot, and have
+    the image encoded again.
+    """
+    lanes = cfg.in_flight if cfg.server_parallel == 1 else 1
+    shared = Slots([])
+    return [Slot(s, lanes, shared) for s in servers for _ in range(cfg.server_parallel)]
+
+
+async def image_by_image(
+    items: Iterable[Item],
+    prepare: Callable[[Item], Prepared],
+    work: Callable[[Item, Prepared, Turn], Awaitable[None]],
+    slots: Sequence[Slot],
+) -> None:
+    """Each slot takes one image at a time; the next is prepared meanwhile.
+
+    An image ends its turn when its last question is asked (see `ask`), so that its
+    embeddings are made while the next one is asked. Where no image is left, idle slots
+    take questions of those still open, at one more encode each.
+
+    Parameters
+    ----------
+    items : iterable
+        Taken one ahead of the slots: memory holds what is in flight.
+    prepare : callable
+        Runs in a thread; what it returns goes to `work`.
+    """
+    source = iter(items)
+    async with asyncio.TaskGroup() as group:
+        for slot in slots:
+            group.create_task(_serve(slot, source, prepare, work))
+
+
+async def _serve(
+    slot: Slot,
+    source: Iterator[Item],
+    prepare: Callable[[Item], Prepared],
+    work: Callable[[Item, Prepared, Turn], Awaitable[None]],
+) -> None:
+    shared, room = slot.shared, asyncio.Semaphore(3)
+
+    async def do(item: Item, prepared: Prepared) -> None:
+        turn = Turn(slot)
+        try:
+            await work(item, prepared, turn)
+        finally:
+            turn.end()
+            room.release()
+            shared.unfinished -= 1
+
+    async with asyncio.TaskGroup() as group:
+        for item in source:
+            shared.unfinished += 1
+            prepared = await asyncio.to_thread(prepare, item)
+            await room.acquire()
+            await slot.free.acquire()
+            group.create_task(do(item, prepared))
+        async with slot.free:
+            await _help_out(slot)
+
+
+async def _help_out(slot: Slot) -> None:
+    """An idle slot takes questions of an image that has many left."""
+    shared = slot.shared
+    while shared.unfinished:
+        longest = max(shared.waiting, key=lambda one: len(one.open), default=None)
+        if longest is None or len(longest.open) < WORTH_AN_ENCODE:
+            await asyncio.sleep(0.02)
+            continue
+        while len(longest.open) > 1:
+            await longest.ask_next(slot)
+
+
+async def ask(
+    picture: PreparedImage,
+    asked: Sequence[Question],
+    answers: ImageAnswers,
+    turn: Turn,
+    *,
+    embed: bool = True,
+    told: Callable[[Answer], object] = lambda _: None,
+) -> None:
+    """All that is open of one image's questions: asked, judged, kept, embedded.
+
+    Parameters
+    ----------
+    turn : Turn
+        Ends when the last question is under way, unless the image stays.
+    embed : bool
+        False leaves the vectors to a later call.
+    told : callable
+        Takes every answer as it comes.
+
+    Raises
+    ------
+    RejectedError
+        The server refuses the image, or no attempt gave a text that can be used.
+    PipelineError
+        The run can't go on: the server stays away, or a model was replaced.
+    """
+    server, book = turn.slot.server, answers.book
+    for _ in range(2):  # a text that the embedder refuses is asked anew, once
+        missing = [q for q in asked if answers.chosen(q) is None]
+        await Interview(picture, missing, answers, told).run(turn)
+        if missing:
+            await book.confirm(server)
+        chosen = [answer for q in asked if (answer := answers.chosen(q))]
+        texts = {a.text: None for a in chosen if answers.vector(a.text) is None}
+        if not embed or not texts:
+            return
+        vectors = await server.embed([book.prefix + text for text in texts])
+        await book.confirm(server)
+        answers.keep_vectors(dict(zip(texts, vectors, strict=True)))
+        if all(vector is not None for vector in vectors):
+            return
+    raise RejectedError("a description can't be embedded: run again to ask anew")
+
+
+class Interview:
+    """The open questions of one image, taken one by one by its slot or idle ones."""
+
+    def __init__(
+        self,
+        picture: PreparedImage,
+        missing: Sequence[Question],
+        answers: ImageAnswers,
+        told: Callable[[Answer], object],
+    ) -> None:
+        self._picture, self._answers, self._told = picture, answers, told
+        self.open, self._unanswered = deque(missing), len(missing)
+        self._over = asyncio.Event()
+        self._failure: RejectedError | None = None
+
+    async def run(self, turn: Turn) -> None:
+        """Ask all; ends the turn when the last question is under way."""
+        waiting = turn.slot.shared.waiting
+        waiting.append(self)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(turn.slot.lanes):
+                group.create_task(self._lane(turn))
+        if self._unanswered:  # an idle slot still has one
+            await self._over.wait()
+        waiting.remove(self)
+        if self._failure:
+            raise self._failure
+
+    async def _lane(self, turn: Turn) -> None:
+        while self.open:
+            await self.ask_next(turn.slot)
+        if not turn.stays:
+            turn.end()
+
+    async def ask_next(self, slot: Slot) -> None:
+        """Ask one question on this slot; after a failure the others are dropped."""
+        question = self.open.popleft()
+        try:
+            await self._until_usable(question, slot)
+        except RejectedError as error:
+            self._failure = error
+            self._unanswered -= len(self.open)
+            self.open.clear()
+        self._unanswered -= 1
+        if not self._unanswered:
+            self._over.set()
+
+    async def _until_usable(self, question: Question, slot: Slot) -> None:
+        """Ask with one seed after another, and keep every answer."""
+        for _ in range(TEXT_ATTEMPTS):
+            attempt = len(self._answers.attempts(question))
+            seed = question.seed(self._picture.image_id, attempt)
+            reply = await slot.answer(self._picture.png, question.prompt, seed)
+            self._answers.keep(question, attempt, reply)
+            answer = self._answers.attempts(question)[attempt]
+            slot.server.note(answer, self._picture.image_id)
+            self._told(answer)
+            if self._answers.chosen(question):
+                return
+        raise RejectedError(
+            f"no usable answer to {question.prompt_set} prompt {question.index} "
+            f"(the last one is {answer.problem}): run again to try other seeds"
+        )
+
+
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run to the end; of several errors at once the first that stops the run shows."""
+    try:
+        return asyncio.run(main)
+    except BaseExceptionGroup as group:
+        raise _first_leaf(group) from None
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+# One server: what it has, one call, and what can go wrong with it.
+
+
 def server_url(cfg: config.Config) -> str:
     """The server's address with scheme and port, as Ollama completes OLLAMA_HOST.
 
-    A server bound to every interface (0.0.0.0) is reached at the loopback address.
+    A server bound to every interface (0.0.0.0, [::]) is reached at the loopback
+    address. A user and password go to the server but never into a message.
     """
-    host = cfg.host_url.strip().rstrip("/")
+    host = cfg.host_url.strip().strip("\"'").rstrip("/")
     try:
+        if host.count(":") > 1 and "[" not in host and "/" not in host:
+            host = f"[{host}]"  # a bare IPv6 address
         address = urlsplit(host if "://" in host else f"http://{host}")
         implied = {"http": 80, "https": 443}[address.scheme]
         port = address.port or (implied if "://" in host else 11434)
-        name = (address.hostname or "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
+        name = address.hostname or "127.0.0.1"
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
         name = f"[{name}]" if ":" in name else name
         if len(host.split()) > 1:
             raise ValueError("white space")
     except (KeyError, ValueError):
         raise PipelineError(
-            f"{cfg.host_url!r} is no address of a server: write --host (or "
+            f"{cfg.host_url!r} is not an address of a server: write --host (or "
             "OLLAMA_HOST) like http://127.0.0.1:11434"
         ) from None
     return f"{address.scheme}://{name}:{port}{address.path}"
@@ -1610,32 +2285,76 @@ def distance_warning(cfg: config.Config) -> str:
     return f"the images leave this machine for {url}{plain}"
 
 
-class VlmServer:
-    """The Ollama server: one client, one semaphore, one place where calls are retried.
+@cache
+def _ollama() -> Any:
+    """The client library; phases 1 and 3 need none.
 
-    Use as an async context manager. `preflight` comes first; `describe` and `embed`
-    then raise RejectedError for what fails alone and PipelineError for what stops a
-    run: a server that stays away, or a model that is gone.
+    It makes a client of its own when it is imported, which fails on settings meant for
+    other programs: they are out of its sight for that moment.
+    """
+    foreign = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.upper().endswith("_PROXY")
+        or name in ("OLLAMA_HOST", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    }
+    try:
+        return importlib.import_module("ollama")
+    finally:
+        os.environ.update(foreign)
+
+
+class VlmServer:
+    """One Ollama server: one client, one semaphore, one place where calls are retried.
+
+    Use as an async context manager. `preflight` comes first; `answer` and `embed` then
+    raise RejectedError for what fails alone and PipelineError for what stops a run: a
+    server that stays away, or a model that is gone.
 
     Parameters
     ----------
     tell : callable
-        Takes a line about what takes a while: a download (``--pull``), the loading of
-        the models, the wait for a server that went away.
+        Takes a line about what takes a while or has changed: a download (``--pull``),
+        the loading of the models, the wait for a server that went away.
     """
 
     def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
         self._cfg, self._tell = cfg, tell
-        self._url = server_url(cfg)
-        self._client = ollama.AsyncClient(
-            self._url,
-            timeout=httpx.Timeout(None, connect=cfg.connect_timeout, write=60.0),
-            trust_env=not is_loopback(self._url),
-        )
+        self.url = server_url(cfg)
+        self.version, self.embedding_s = "", 0.0
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery = asyncio.Lock()
         self._given_up_in_a_row = 0
-        self._n_features = 0
+        self._n_features, self._chunk = 0, EMBED_CHUNK
+        self._think: bool | None = None
+        self._noted: list[tuple[bool, str]] = []
+        self._facts: ServerFacts | None = None
+        self._client = self._connect()
+
+    def _connect(self) -> Any:
+        import httpx  # noqa: PLC0415
+
+        login = urlsplit(self._cfg.host_url)
+        own = is_loopback(self.url)
+        try:
+            return _ollama().AsyncClient(
+                self.url,
+                timeout=httpx.Timeout(None, connect=CONNECT_S, write=60.0),
+                trust_env=not own,
+                follow_redirects=False,
+                auth=(login.username, login.password or "") if login.username else None,
+            )
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise PipelineError(
+                f"the way to {self.url} is not clear ({_short(error)}): look at the "
+                "environment's *_PROXY, NO_PROXY and SSL_CERT_FILE"
+            ) from None
+
+    @property
+    def facts(self) -> ServerFacts:
+        """What the preflight has found."""
+        assert self._facts is not None, "preflight comes first"
+        return self._facts
 
     async def __aenter__(self) -> Self:
         return self
@@ -1648,89 +2367,134 @@ class VlmServer:
 
     # -- before any work --
 
-    async def preflight(self) -> ServerFacts:
-        """Check in seconds that both models are there and do their work.
-
-        Raises
-        ------
-        PipelineError
-            Naming what is missing, and the command that mends it.
-        """
-        version = await self.check_models()
-        self._tell(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
+    async def check_models(self) -> None:
+        """The quick part of the preflight: an Ollama answers and has both models."""
         try:
-            return await self._tried_models(version)
+            async with asyncio.timeout(CONNECT_S + 5):
+                self.version = await self._ask_version()
         except _failures() as error:
-            raise self._failed_test(version, error) from None
-
-    async def check_models(self) -> str:
-        """The quick part of the preflight: the version, once both models are there."""
-        version = await self._version()
+            raise PipelineError(
+                f"no Ollama answers at {self.url} ({_short(error)}): "
+                f"{_remedy(error) or NO_SERVER}"
+            ) from None
         try:
             for model in (self._cfg.vlm, self._cfg.embed_model):
                 if not _find(await self._digests(), model):
                     await self._pull_or_explain(model)
             await self._check_vision()
         except _failures() as error:
-            raise self._failed_test(version, error) from None
-        return version
+            raise self._failed_test(error) from None
 
-    def _failed_test(self, version: str, error: Exception) -> PipelineError:
+    async def preflight(self) -> ServerFacts:
+        """Load both models and see that they do their work.
+
+        Raises
+        ------
+        PipelineError
+            Naming what is missing, and the command that mends it.
+        """
+        await self.check_models()
+        self._tell(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
+        try:
+            self._facts = await self._tried_models()
+        except _failures() as error:
+            raise self._failed_test(error) from None
+        return self._facts
+
+    def _failed_test(self, error: Exception) -> PipelineError:
         return PipelineError(
-            f"the server at {self._url} (Ollama {version}) failed its first test: "
-            f"{_short(error)}: see its log"
+            f"the server at {self.url} (Ollama {self.version}) failed its first test: "
+            f"{_short(error)}: {_remedy(error) or 'see its log'}"
         )
 
-    async def _tried_models(self, version: str) -> ServerFacts:
+    async def _tried_models(self) -> ServerFacts:
         digests = await self._digests()
         # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()
         try:
             await self._twice(self._load_vlm)
-        except (ollama.ResponseError, TimeoutError) as error:
+        except (_ollama().ResponseError, TimeoutError) as error:
             raise PipelineError(
                 f"model {self._cfg.vlm} can't be loaded ({_short(error)}): see the "
-                "server's log; a smaller --num-ctx needs less memory"
+                "server's log, free memory or choose a smaller --vlm"
             ) from None
-        loaded = (await self._client.ps()).models
-        vlm = [m for m in loaded if _same_model(m.model or "", self._cfg.vlm)]
-        size = sum(m.size or 0 for m in vlm)
+        both, gpu_share = await self._residence()
+        if not both and self._cfg.keep_alive != "0":  # another model was in the way?
+            await self._embed_once([config.PROBE_SENTENCE])
+            both, gpu_share = await self._residence()
+            if not both:
+                await self._load_vlm()
         return ServerFacts(
-            version=version,
+            version=self.version,
             vlm_digest=_find(digests, self._cfg.vlm),
             embedder_digest=_find(digests, self._cfg.embed_model),
-            both_loaded=bool(vlm)
-            and any(_same_model(m.model or "", self._cfg.embed_model) for m in loaded)
-            and not _same_model(self._cfg.vlm, self._cfg.embed_model),
-            gpu_share=sum(m.size_vram or 0 for m in vlm) / size if size else 0.0,
             probe=probe,
+            both_loaded=both or self._cfg.keep_alive == "0",
+            gpu_share=gpu_share,
         )
 
-    async def check_unchanged(self, facts: ServerFacts) -> None:
-        """Raise PipelineError when a model was replaced since the preflight."""
+    async def _residence(self) -> tuple[bool, float]:
+        """Whether both models are loaded, and the VLM's share on the GPU."""
+        async with asyncio.timeout(CONNECT_S):  # it may hang with a frozen runner
+            loaded = (await self._client.ps()).models
+        vlm = [m for m in loaded if _same_model(m.model or "", self._cfg.vlm)]
+        size = sum(m.size or 0 for m in vlm)
+        both = any(_same_model(m.model or "", self._cfg.embed_model) for m in loaded)
+        both = both and not _same_model(self._cfg.vlm, self._cfg.embed_model)
+        return bool(vlm) and both, sum(m.size_vram or 0 for m in vlm) / (size or 1)
+
+    async def check_unchanged(self) -> None:
+        """Raise ModelChangedError when a model was replaced since the preflight.
+
+        Says so when the server is another version, or the VLM has left the GPU.
+        """
+        facts = self.facts
         digests = await self._call(self._digests)
         for model, then in (
             (self._cfg.vlm, facts.vlm_digest),
             (self._cfg.embed_model, facts.embedder_digest),
         ):
-            if _find(digests, model) != then:
+            if not (now := _find(digests, model)):
+                raise PipelineError(
+                    f"model {model} was removed from the server at {self.url}: run "
+                    f"`ollama pull {model}`, then the same command again"
+                )
+            if now != then:
                 raise ModelChangedError(
                     f"model {model} was replaced on the server during the run; start "
                     "again: what the former model answered is kept apart"
                 )
+        version = await self._call(self._ask_version)
+        if version != self.version:
+            self._tell(f"Ollama at {self.url} is {version} now, was {self.version}")
+            self.version = version
+        await self._watch_gpu(facts)
 
-    async def _version(self) -> str:
-        """The server's version: also the cheapest proof that an Ollama answers."""
-        trust_proxy = not is_loopback(self._url)
+    async def _watch_gpu(self, facts: ServerFacts) -> None:
+        if not facts.gpu_share:
+            return
         try:
-            async with httpx.AsyncClient(trust_env=trust_proxy) as web:
-                reply = await web.get(f"{self._url}/api/version", timeout=5.0)
+            _, share = await self._residence()
+        except _failures():
+            return
+        if share < facts.gpu_share / 2 and self._cfg.keep_alive != "0":
+            self._tell(
+                f"warning: only {share:.0%} of {self._cfg.vlm} is on the GPU now, it "
+                f"was {facts.gpu_share:.0%}: answers will be slow; see the server's log"
+            )
+            self._facts = replace(facts, gpu_share=share)
+
+    async def _ask_version(self) -> str:
+        """The server's version: also the cheapest proof that an Ollama answers."""
+        reply = await self._client._client.get("/api/version")  # it has no call for it
+        if reply.status_code != 200:
+            raise _ollama().ResponseError(
+                reply.headers.get("location", reply.reason_phrase), reply.status_code
+            )
+        try:
             return str(reply.json()["version"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise PipelineError(
-                f"no Ollama answers at {self._url} ({_short(error)}): start it with "
-                "`ollama serve` or name its address with --host"
-            ) from None
+        except (KeyError, TypeError):
+            raise ValueError("the answer has no version") from None
 
     async def _digests(self) -> dict[str, str]:
         models = (await self._client.list()).models
@@ -1739,7 +2503,7 @@ class VlmServer:
     async def _pull_or_explain(self, model: str) -> None:
         if not self._cfg.pull:
             raise PipelineError(
-                f"model {model} is not on the server at {self._url}: run "
+                f"model {model} is not on the server at {self.url}: run "
                 f"`ollama pull {model}` or add --pull"
             )
         try:
@@ -1747,11 +2511,11 @@ class VlmServer:
             async for step in await self._client.pull(model, stream=True):
                 line = f"pull {model}: {step.status or ''}"
                 if step.total:
-                    line += _bar((step.completed or 0) / step.total)
+                    line += f" {5 * int(20 * (step.completed or 0) / step.total)} %"
                 if line != told:  # the server reports every few milliseconds
                     self._tell(line)
                 told = line
-        except ollama.ResponseError as error:
+        except _ollama().ResponseError as error:
             raise PipelineError(
                 f"model {model} can't be downloaded ({_short(error)}): check its name "
                 "and the server's internet connection"
@@ -1760,33 +2524,37 @@ class VlmServer:
     async def _check_vision(self) -> None:
         shown = await self._client.show(self._cfg.vlm)
         families = (shown.details.families if shown.details else None) or ()
-        if "vision" not in (shown.capabilities or ()) and "clip" not in families:
+        capabilities = shown.capabilities or ()
+        if "vision" not in capabilities and "clip" not in families:
             raise PipelineError(
                 f"model {self._cfg.vlm} can't see images: choose a vision model with "
                 "--vlm, for example llava-phi3"
             )
+        self._think = False if "thinking" in capabilities else None
 
     async def _load_vlm(self) -> None:
         """Load the VLM with the options of every later call, so that none reloads it.
 
         With an own, long time-out: a client that leaves early aborts the load.
         """
-        async with asyncio.timeout(self._cfg.load_timeout):
+        async with asyncio.timeout(LOAD_S):
             await self._client.chat(
                 self._cfg.vlm,
                 messages=[],
                 options=vlm_options(self._cfg),
-                keep_alive=self._cfg.keep_alive,
+                keep_alive=self._keep_alive,
             )
 
     async def _probe_embedder(self) -> NDArray[np.float32]:
-        model = self._cfg.embed_model
+        """The probe's embedding; and whether a list gives what single texts give."""
+        model, prefix = self._cfg.embed_model, embed_prefix(self._cfg)
+        texts = [prefix + text for text in (config.PROBE_SENTENCE, *_PROBE_LIST)]
         try:
-            async with asyncio.timeout(self._cfg.load_timeout):
-                vectors = await self._twice(
-                    partial(self._embed_once, [config.PROBE_SENTENCE])
-                )
-        except ollama.ResponseError as error:
+            async with asyncio.timeout(LOAD_S):
+                alone = [
+                    await self._twice(partial(self._embed_once, [t])) for t in texts
+                ]
+        except _ollama().ResponseError as error:
             if "support embeddings" in str(error):
                 raise PipelineError(
                     f"this server (Ollama 0.30 or later) can't embed with {model}: run "
@@ -1794,21 +2562,31 @@ class VlmServer:
                     "nomic-embed-text"
                 ) from None
             raise PipelineError(
-                f"model {model} can't embed ({_short(error)}): choose another "
-                "--embed-model"
+                f"model {model} can't embed ({_short(error)}): "
+                f"{_remedy(error) or 'choose another --embed-model'}"
             ) from None
         except TimeoutError:
             raise PipelineError(
-                f"model {model} did not load within {self._cfg.load_timeout:.0f} s: "
-                "see the server's log"
+                f"model {model} did not load in {LOAD_S:.0f} s: see the server's log"
             ) from None
-        if vectors[0] is None:
+        probe = alone[0][0]
+        if probe is None:
             raise PipelineError(
-                f"model {model} gives embeddings that are no numbers: choose another "
+                f"model {model} gives embeddings that are not numbers: choose another "
                 "--embed-model"
             )
-        self._n_features = vectors[0].size
-        return vectors[0]
+        try:
+            together = await self._twice(partial(self._embed_once, texts))
+        except _failures():
+            together = [None] * len(texts)
+        pairs = [(a, b) for (a,), b in zip(alone, together, strict=True)]
+        if any(
+            a is None or b is None or cosine(a, b) < SAME_EMBEDDING for a, b in pairs
+        ):
+            self._tell(f"{model} embeds lists otherwise: one text a request")
+            self._chunk = 1
+        self._n_features = probe.size
+        return probe
 
     async def _twice(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """Try once more what may only have failed by chance, but not a time-out."""
@@ -1819,55 +2597,72 @@ class VlmServer:
         except _failures() as error:
             if not _may_pass(error):
                 raise
-        await asyncio.sleep(self._cfg.retry_pause)
+        await asyncio.sleep(FIRST_PAUSE_S)
         return await request()
+
+    @property
+    def _keep_alive(self) -> float | str:
+        """A number is sent as a number: as text Ollama wants a unit."""
+        try:
+            return float(self._cfg.keep_alive)
+        except ValueError:
+            return self._cfg.keep_alive
 
     # -- the work --
 
-    async def describe(
-        self,
-        image: PreparedImage,
-        question: Question,
-        earlier: Sequence[Answer],
-        record: Callable[[int, Answer], object],
-    ) -> Answer:
-        """Ask one question about one image until the answer can be used.
+    async def answer(self, png: bytes, prompt: str, seed: int) -> dict[str, Any]:
+        """Ask one question about one picture.
 
-        Parameters
-        ----------
-        earlier : sequence of Answer
-            Attempts of earlier runs, none of them usable; each has its own seed.
-        record : callable
-            Takes every attempt's number and answer as soon as it is there.
+        Returns
+        -------
+        dict
+            What the journal keeps of the reply: text, done, done_reason, counters
+            (durations in ns), time (UTC) and server_version.
 
         Raises
         ------
-        RejectedError
-            The server refused the request, or no attempt gave a usable text.
+        RejectedError, PipelineError
+            The server refused this request, or the run can't go on.
         """
-        answers = list(earlier)
-        for _ in range(config.TEXT_ATTEMPTS):
-            seed = question.seed(image.image_id, len(answers))
-            answer = await self._call(partial(self._ask, image.png, question, seed))
-            record(len(answers), answer)
-            answers.append(answer)
-            if chosen := chosen_answer(answers):
-                return chosen
-        raise RejectedError(
-            f"no usable answer to {question.prompt_set} prompt {question.index} "
-            f"(the last one is {answers[-1].problem}): run again to try other seeds"
-        )
-
-    async def _ask(self, png: bytes, question: Question, seed: int) -> Answer:
         # The client puts the image before the text, and only the text varies: the
         # server then finds the image in its prefix cache. The same bytes every time.
-        response = await self._client.chat(
-            self._cfg.vlm,
-            messages=[{"role": "user", "content": question.prompt, "images": [png]}],
-            options={**vlm_options(self._cfg), "seed": seed},
-            keep_alive=self._cfg.keep_alive,
+        reply = await self._call(
+            lambda: self._client.chat(
+                self._cfg.vlm,
+                messages=[{"role": "user", "content": prompt, "images": [png]}],
+                options={**vlm_options(self._cfg), "seed": seed},
+                keep_alive=self._keep_alive,
+                think=self._think,
+            )
         )
-        return _judged(response)
+        counters: tuple[str, ...] = ("prompt_eval_count", "prompt_eval_duration")
+        counters += ("eval_count", "eval_duration", "total_duration")
+        return {
+            "text": reply.message.content or "",
+            "done": bool(reply.done),
+            "done_reason": reply.done_reason,
+            **{name: getattr(reply, name) for name in counters},
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "server_version": self.version,
+        }
+
+    def note(self, answer: Answer, image_id: str) -> None:
+        """Stop a run whose answers can't be used: the server is ill, not the images."""
+        self._noted.append((answer.usable, image_id))
+        first, last = self._noted[:BAD_ANSWERS], self._noted[-BAD_ANSWERS:]
+        bad_start = (
+            len(self._noted) == BAD_ANSWERS
+            and sum(not usable for usable, _ in first) > len(first) / 2
+        )
+        bad_row = len(last) == BAD_ANSWERS and not any(usable for usable, _ in last)
+        if bad_start or (bad_row and len({image for _, image in last}) > 1):
+            raise PipelineError(
+                f"{self._cfg.vlm} on the server at {self.url} (Ollama {self.version}) "
+                f"gives answers that can't be used (the last one is {answer.problem}: "
+                f"{' '.join(answer.text.split())[:60]!r}): restart the server, try "
+                "another version of Ollama or another --vlm (a model that thinks needs "
+                "a larger --num-predict); then the same command asks these again"
+            )
 
     async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
         """Embed texts in lists of EMBED_CHUNK; None for a text that can't be embedded.
@@ -1880,87 +2675,93 @@ class VlmServer:
             In the order of `texts`.
         """
         vectors: list[NDArray[np.float32] | None] = []
-        for start in range(0, len(texts), config.EMBED_CHUNK):
-            chunk = texts[start : start + config.EMBED_CHUNK]
-            try:
-                found = await self._call(partial(self._embed_once, chunk))
-            except RejectedError:
-                found = [None] * len(chunk)
+        for start in range(0, len(texts), self._chunk):
+            chunk = texts[start : start + self._chunk]
+            found = await self._embedded(chunk)
             for text, vector in zip(chunk, found, strict=True):
-                again = vector is None
-                vectors.append(await self._embed_alone(text) if again else vector)
+                again = vector is None and len(chunk) > 1
+                vectors += await self._embedded([text]) if again else [vector]
         return vectors
 
-    async def _embed_alone(self, text: str) -> NDArray[np.float32] | None:
+    async def _embedded(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
         try:
-            return (await self._call(partial(self._embed_once, [text])))[0]
+            return await self._call(partial(self._embed_once, texts))
         except RejectedError:
-            return None
+            return [None] * len(texts)
 
     async def _embed_once(
         self, texts: Sequence[str]
     ) -> list[NDArray[np.float32] | None]:
-        response = await self._client.embed(
-            self._cfg.embed_model,
-            texts,
-            options={"num_ctx": self._cfg.num_ctx},
-            keep_alive=self._cfg.keep_alive,
+        started = time.monotonic()
+        reply = await self._client.embed(
+            self._cfg.embed_model, texts, keep_alive=self._keep_alive
         )
-        if len(response.embeddings) != len(texts):
+        self.embedding_s += time.monotonic() - started
+        if len(reply.embeddings) != len(texts):
             raise ValueError(
-                f"{len(response.embeddings)} embeddings for {len(texts)} texts"
+                f"{len(reply.embeddings)} embeddings for {len(texts)} texts"
             )
-        vectors = [_checked_vector(vector) for vector in response.embeddings]
-        expected = self._n_features  # 0 until the preflight has probed the embedder
-        return [
-            v if v is not None and expected in (0, v.size) else None for v in vectors
-        ]
+        return [self._checked(vector) for vector in reply.embeddings]
+
+    def _checked(self, values: Sequence[float]) -> NDArray[np.float32] | None:
+        """The vector, or None where it is not one like the probe's."""
+        vector = np.asarray(values, np.float32)
+        usable = vector.ndim == 1 and np.isfinite(vector).all() and vector.any()
+        return vector if usable and self._n_features in (0, vector.size) else None
 
     # -- one call, and what can go wrong --
 
     async def _call(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """One request under the semaphore, tried again while its failure may pass."""
-        for attempt in range(self._cfg.retries):
-            try:
-                async with self._semaphore, asyncio.timeout(self._cfg.read_timeout):
-                    result = await request()
-            except Exception as error:
-                reason = error
-            else:
-                self._given_up_in_a_row = 0
-                return result
-            if not _may_pass(reason) or attempt + 1 == self._cfg.retries:
-                break
-            await self._pause(reason, attempt)
-        raise self._given_up(reason)
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(TRIES),
+            wait=tenacity.wait_exponential(FIRST_PAUSE_S, max=30)
+            + tenacity.wait_random(0, FIRST_PAUSE_S),
+            retry=tenacity.retry_if_exception(_may_pass),
+            before_sleep=self._if_away,
+            reraise=True,
+        )
 
-    def _given_up(self, reason: Exception) -> PipelineError:
+        async def once() -> Result:
+            async with self._semaphore, asyncio.timeout(ANSWER_S):
+                return await request()
+
+        try:
+            result: Result = await retrying(once)
+        except _failures() as error:
+            raise self._given_up(error) from None
+        self._given_up_in_a_row = 0
+        return result
+
+    def _given_up(self, error: Exception) -> PipelineError:
         """The error for this request: does it end alone, or the run with it?"""
         self._given_up_in_a_row += 1
-        if getattr(reason, "status_code", 0) in (401, 403, 404, 501):
-            return PipelineError(f"the server at {self._url} says: {_short(reason)}")
+        if remedy := _remedy(error):
+            return PipelineError(
+                f"the server at {self.url} says: {_short(error)}: {remedy}"
+            )
         if self._given_up_in_a_row >= GIVE_UP_AFTER:
             return PipelineError(
-                f"the server at {self._url} failed {GIVE_UP_AFTER} requests in a row "
-                f"(last: {_short(reason)}): see its log, then run the same command "
-                "again"
+                f"the server at {self.url} failed {GIVE_UP_AFTER} requests in a row "
+                f"(last: {_short(error)}): see its log, then run the same command again"
             )
-        return RejectedError(f"the server failed: {_short(reason)}")
+        return RejectedError(f"the server failed: {_short(error)}")
 
-    async def _pause(self, reason: Exception, attempt: int) -> None:
-        """Wait before the next try: longer each time, or until the server is back."""
-        jitter = 0.5 + random.random()
-        await asyncio.sleep(min(30.0, self._cfg.retry_pause * 2**attempt) * jitter)
-        if isinstance(reason, _server_away()):
+    async def _if_away(self, state: Any) -> None:
+        """Before the next try: wait for a server that does not answer at all."""
+        if isinstance(state.outcome.exception(), _server_away()):
             async with self._recovery:
                 await self._wait_for_server()
 
     async def _wait_for_server(self) -> None:
-        """Return when the server answers, with the VLM loaded again if need be."""
-        deadline, told = time.monotonic() + self._cfg.wait, ""
+        """Return when the server answers, with the VLM loaded again if need be.
+
+        What counts is the pauses: a workstation that slept has not waited.
+        """
+        waited, told, pause = 0.0, "", min(2.0, FIRST_PAUSE_S * 4)
         while True:
             try:
-                async with asyncio.timeout(self._cfg.connect_timeout):
+                async with asyncio.timeout(CONNECT_S):
                     loaded = (await self._client.ps()).models
                 if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
                     await self._load_vlm()
@@ -1969,99 +2770,30 @@ class VlmServer:
                 if not _may_pass(error):
                     raise self._given_up(error) from None
                 if not told:
-                    told = f"the server at {self._url} is away ({_short(error)})"
+                    told = f"the server at {self.url} is away ({_short(error)})"
                     self._tell(f"{told}: waiting up to {self._cfg.wait:.0f} s")
-                if time.monotonic() >= deadline:
+                if waited >= self._cfg.wait:
                     raise PipelineError(
-                        f"the server at {self._url} has not answered for "
+                        f"the server at {self.url} has not answered for "
                         f"{self._cfg.wait:.0f} s ({_short(error)}): start it with "
                         "`ollama serve` and run the same command again; every answer "
                         "so far is kept"
                     ) from None
-            await asyncio.sleep(min(2.0, self._cfg.retry_pause * 4))
+            await asyncio.sleep(pause)
+            waited += pause
 
 
-async def in_lanes(
-    items: Iterable[Item],
-    jobs_of: Callable[[Item], Awaitable[Iterable[Job]]],
-    do: Callable[[Job], Awaitable[None]],
-    cfg: config.Config,
-) -> None:
-    """Work image by image: the server encodes each one once, and never waits.
-
-    As many lanes as the server has slots, each with one image at a time and its jobs in
-    sequence. With one slot a second request stands in the server's queue, also across
-    the border of two images; with more slots a second request of an image would take
-    another image's slot and have its own image encoded again.
-
-    Parameters
-    ----------
-    items : iterable
-        Taken from when a lane is about to run dry: memory holds what is in flight.
-    jobs_of : async callable
-        Prepares an image and gives its jobs.
-    do : async callable
-        One job; bounded by the semaphore of the server that it calls.
-    """
-    source = iter(items)
-    workers = cfg.in_flight if cfg.server_parallel == 1 else 1
-    async with asyncio.TaskGroup() as group:
-        for _ in range(cfg.server_parallel):
-            # The next image is prepared while the last jobs of this one still wait.
-            lane: asyncio.Queue[Job | None] = asyncio.Queue(maxsize=4)
-            group.create_task(_feed(lane, source, jobs_of, workers))
-            for _ in range(workers):
-                group.create_task(_work(lane, do))
-
-
-async def _feed(
-    lane: asyncio.Queue[Job | None],
-    source: Iterator[Item],
-    jobs_of: Callable[[Item], Awaitable[Iterable[Job]]],
-    workers: int,
-) -> None:
-    for item in source:
-        for job in await jobs_of(item):
-            await lane.put(job)
-    for _ in range(workers):
-        await lane.put(None)
-
-
-async def _work(
-    lane: asyncio.Queue[Job | None], do: Callable[[Job], Awaitable[None]]
-) -> None:
-    while (job := await lane.get()) is not None:
-        await do(job)
-
-
-def run_async(main: Coroutine[Any, Any, Result]) -> Result:
-    """Run to the end; of several errors at once the first that stops the run shows."""
-    try:
-        return asyncio.run(main)
-    except BaseExceptionGroup as group:
-        raise _first_leaf(group) from None
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
-    """The answer that stands in the dataset, given all attempts so far in order.
-
-    The first whole one; a cut one only where a second attempt was no better.
-    """
-    whole = [a for a in answers if a.usable and a.problem != "cut"]
-    cut = [a for a in answers if a.problem == "cut"]
-    if whole:
-        return whole[0]
-    return cut[0] if cut and len(answers) > 1 else None
+_PROBE_LIST = (
+    "A straight edge divides the image into a dark and a bright half.",
+    "Circles of different contrast are arranged in a ring.",
+)
+NO_SERVER = "start it with `ollama serve` or name its address with --host"
 
 
 @cache
 def _server_away() -> tuple[type[Exception], ...]:
+    import httpx  # noqa: PLC0415
+
     return ConnectionError, httpx.TransportError, TimeoutError
 
 
@@ -2069,60 +2801,35 @@ def _server_away() -> tuple[type[Exception], ...]:
 def _failures() -> tuple[type[Exception], ...]:
     # ValueError: the body was no JSON, or not what was asked for. AttributeError: what
     # the client makes of an error whose JSON is a list.
-    return ollama.ResponseError, *_server_away(), ValueError, AttributeError
+    return _ollama().ResponseError, *_server_away(), ValueError, AttributeError
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether a failed request is worth another try; what is a bug is raised again."""
-    if isinstance(error, ollama.ResponseError):
+def _may_pass(error: BaseException) -> bool:
+    """Whether a failed request is worth another try; a bug is not."""
+    if isinstance(error, _ollama().ResponseError):
         if error.status_code == 400:
             # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
             return "EOF" in str(error)
-        return error.status_code not in (401, 403, 404, 413)
-    if isinstance(error, _failures()):
-        return True
-    raise error
+        return not _remedy(error) and error.status_code != 413
+    return isinstance(error, _failures()) and not _remedy(error)
 
 
-def _judged(response: Any) -> Answer:
-    """An HTTP 200 is no success yet: the answer, with what is wrong with it."""
-    text = (response.message.content or "").strip()
-    if not response.done:
-        problem = "broken"
-    elif not text:
-        problem = "empty"
-    elif _loops(text):
-        problem = "looping"
-    elif response.done_reason == "length":
-        problem = "cut"
-    else:
-        refused = text.lower().startswith(REFUSAL_OPENINGS)
-        problem = "refusal" if refused else ""
-    return Answer(
-        text,
-        problem,
-        vision_s=(response.prompt_eval_duration or 0) / 1e9,
-        text_s=(response.eval_duration or 0) / 1e9,
-    )
+_STATUS_REMEDIES = {
+    401: "set OLLAMA_API_KEY, or a user and password in --host",
+    403: "something between refuses: add the server to NO_PROXY, or set OLLAMA_ORIGINS",
+    407: "a proxy stands between: add the server to NO_PROXY",
+    404: "run `ollama pull` for that model, or see that --host names an Ollama",
+    501: "choose another --embed-model",
+    **dict.fromkeys((301, 302, 303, 307, 308), "name the new address with --host"),
+}
 
 
-def _loops(text: str) -> bool:
-    """Whether a run of four words stands more than five times in the text."""
-    words = text.lower().split()
-    runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-    return bool(runs) and max(runs.values()) > 5
-
-
-def _checked_vector(values: Sequence[float]) -> NDArray[np.float32] | None:
-    vector = np.asarray(values, np.float32)
-    usable = vector.ndim == 1 and np.isfinite(vector).all() and vector.any()
-    return vector if usable else None
-
-
-def _bar(share: float) -> str:
-    """A progress bar of twenty steps."""
-    steps = int(20 * share)
-    return f" [{'#' * steps:<20}] {5 * steps:3d} %"
+def _remedy(error: BaseException) -> str:
+    """What mends a failure for which no second try is worth while; else empty."""
+    text = f"{error} {error.__context__ or ''}"
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return "let SSL_CERT_FILE name the certificate of its authority"
+    return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
 
 
 def _same_model(name: str, other: str) -> bool:
@@ -2137,93 +2844,84 @@ def _find(digests: Mapping[str, str], model: str) -> str:
     return ""
 
 
-def _short(error: object) -> str:
+def _short(error: BaseException) -> str:
     """An error in at most 200 characters of one line; the server nests JSON in JSON."""
-    late = isinstance(error, (TimeoutError, httpx.TimeoutException))
-    name = "no answer in time" if late else type(error).__name__
-    text = str(getattr(error, "error", error)) or name
-    if isinstance(error, ConnectionError):
+    text = str(getattr(error, "error", error)) or type(error).__name__
+    if isinstance(error, TimeoutError) or type(error).__name__.endswith("Timeout"):
+        text = "no answer in time"
+    elif isinstance(error, ConnectionError):
         text = "no connection"
+        if "CERTIFICATE" in str(error.__context__):
+            text = "its certificate is not trusted"
     try:
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)
     except (ValueError, KeyError, TypeError):
         pass
+    if (status := getattr(error, "status_code", 0)) > 0:
+        text = f"HTTP {status}: {re.sub('<[^>]*>', ' ', text)}"
     return " ".join(text.split())[:200]
 
 
-def pack_vector(vector: NDArray[np.float32]) -> str:
-    """A float32 vector as base64 text, little endian."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+# --- The decision -------------------------------------------------------------------
+# From what was seen of an image to a class or INCONCLUSIVE. Two readers: one reads the
+# descriptions of the VLM, the other, which never saw a word, 40 numbers of the picture.
+# Phase 3 measures with these functions, phase 4 answers with them. Nothing here asks,
+# decodes or writes; scikit-learn is imported at its first use, since phase 4 asks its
+# first question without it.
 
+NEIGHBOUR_COUNT, PIXEL_NEIGHBOUR_COUNT = 10, 5
+"""Novelty: mean distance to this many nearest training descriptions, or pictures."""
 
-def unpack_vector(text: str) -> NDArray[np.float32]:
-    """The float32 vector of `pack_vector`."""
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
-
-
-# --- Decisions ----------------------------------------------------------------------
+NEVER = 1.01
+"""A confidence threshold that no image reaches: such a class is never answered."""
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Generic rows of the training images: what a known image lies close to."""
+class Model:
+    """What phase 3 left, as `load_model` reads it."""
 
-    rows: NDArray[np.float32]
-    """(n_rows, n_dimensions), scaled and projected."""
+    scaler: Any
+    classifier: Any
+    """Scaled mean vector -> probabilities, as calibrated for the last stage."""
+    second: Any
+    """The second reader: a pipeline on `picture_statistics`."""
+    descriptions: Any
+    """NearestNeighbors of scaled, projected training descriptions."""
+    pictures: Any
+    """NearestNeighbors of scaled statistics of the training pictures."""
+    projection: NDArray[np.float32]
     owner: NDArray[np.int32]
-    """(n_rows,), the index in `names` of the image that a row describes."""
+    """(n_descriptions,), the index in `names` of the image that each describes."""
     names: NDArray[np.str_]
     """(n_images,), the labelled files."""
-    projection: NDArray[np.float32]
-    """(n_features, n_dimensions), or (0, 0) where rows are kept as they are."""
+    thresholds: Mapping[str, Any]
+    """``metricas.json["thresholds"]``: "pixels", and "stages" by number of questions.
 
-    def project(self, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scaled rows, (k, n_features), in the space of `rows`."""
-        return scaled @ self.projection if self.projection.size else scaled
-
-    def distances(self, projected: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Euclidean distances of projected rows to `rows`, float64 (k, n_rows)."""
-        squares = np.einsum("ij,ij->i", projected, projected)[:, None] + self._squares
-        squares -= 2 * (projected @ self.rows.T)
-        return np.asarray(np.sqrt(np.maximum(squares, 0, dtype=np.float64)))
-
-    def nearest(self, distances: NDArray[np.float64], count: int = 3) -> list[str]:
-        """Names of the training images whose rows lie closest on average."""
-        totals = np.bincount(self.owner, distances.mean(axis=0), len(self.names))
-        means = totals / np.maximum(np.bincount(self.owner, minlength=len(totals)), 1)
-        return [str(self.names[i]) for i in np.argsort(means, kind="stable")[:count]]
-
-    @cached_property
-    def _squares(self) -> NDArray[np.float32]:
-        return np.asarray(np.einsum("ij,ij->i", self.rows, self.rows))
-
-
-def load_neighbours(path: Path) -> Neighbours:
-    """Read what phase 3 wrote; arrays only, nothing is unpickled."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return Neighbours(
-            **{part.name: arrays[part.name] for part in fields(Neighbours)}
-        )
-
-
-def novelty(distances: NDArray[np.float64]) -> float:
-    """How far an image lies from the training images.
-
-    Parameters
-    ----------
-    distances : ndarray, (k, n_rows)
-        Of the image's k rows to training rows, the image's own rows left out: with
-        them, every known image would seem nearer than any new one can be.
-
-    Returns
-    -------
-    float
-        Mean over the k rows of the distance to the NEIGHBOUR_COUNT nearest. The mean
-        of the rows would hide a stranger: it lies near the centre of everything.
+    A stage has the limit of novelty ("descriptions"), the "factor" that calibrates its
+    confidences, and the "confidence" that each class needs (with the descriptions'
+    reader alone: "one_reader").
     """
-    count = min(config.NEIGHBOUR_COUNT, distances.shape[1])
-    return float(np.partition(distances, count - 1, axis=1)[:, :count].mean())
+    modalities: Sequence[str]
+    """Modalities of the training images."""
+
+    @property
+    def stages(self) -> list[int]:
+        """Numbers of descriptions after which a decision is tried, in order."""
+        return sorted(int(stage) for stage in self.thresholds["stages"])
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What one reader says of one image."""
+
+    label: str
+    confidence: float
+    """1 where the reader has none: the second one says a class or nothing."""
+    novelty: float
+    """As a multiple of its limit: above 1 the image is unlike the training's."""
+    nearest: Sequence[str] = ()
+    """Training images that are most alike, the closest first."""
 
 
 @dataclass(frozen=True)
@@ -2233,58 +2931,219 @@ class Decision:
     label: str
     """The class, or INCONCLUSIVE."""
     best_class: str
-    """The class of the largest confidence, also where the label is INCONCLUSIVE."""
+    """The class of the largest confidence; the second reader's before any question."""
     confidences: dict[str, float]
-    novelty: float
+    """Of the descriptions' reader, every class; empty before any question."""
     reason: str
-    """Why the label is INCONCLUSIVE; empty where it is a class."""
-    nearest: list[str]
-    """Training images whose descriptions are most alike, the closest first."""
+    """Why the label is INCONCLUSIVE; "" also where only the questions are missing."""
+    words: Opinion | None
+    """None before any question."""
+    picture: Opinion | None
+    """None with `one_reader`."""
+    stage: int
+    """The number of descriptions whose limits were applied; 0 before any question."""
 
 
-def refusal(confidence: float, novelty: float, thresholds: Mapping[str, float]) -> str:
-    """Why an image should not be given a class; empty where it should."""
-    if novelty > thresholds["novelty"]:
-        limit = thresholds["novelty"]
-        return f"unlike every training image (distance {novelty:.1f} > {limit:.1f})"
-    if thresholds["confidence"] >= config.NEVER:
-        return "no confidence of this model kept the errors within the accepted share"
-    if confidence < thresholds["confidence"]:
-        return f"confidence {confidence:.2f} is below {thresholds['confidence']:.2f}"
-    return ""
+def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
+    """Load the readers; takes a second or two, most of it scikit-learn's import.
+
+    Their digests must have been checked: a joblib file can run code. NEIGHBOURS holds
+    arrays only, nothing of it is unpickled.
+    """
+    import joblib  # noqa: PLC0415
+
+    second = joblib.load(folder / config.SECOND_READER)
+    with np.load(folder / config.NEIGHBOURS, allow_pickle=False) as arrays:
+        return Model(
+            scaler=joblib.load(folder / config.SCALER),
+            classifier=joblib.load(folder / config.CLASSIFIER),
+            second=second,
+            descriptions=fit_neighbours(arrays["rows"], NEIGHBOUR_COUNT),
+            pictures=fit_neighbours(
+                second[0].transform(arrays["pixels"]), PIXEL_NEIGHBOUR_COUNT
+            ),
+            projection=arrays["projection"],
+            owner=arrays["owner"],
+            names=arrays["names"],
+            thresholds=metrics["thresholds"],
+            modalities=metrics["modalities"],
+        )
 
 
-def decide(
-    rows: NDArray[np.float32],
-    scaler: Any,
-    classifier: Any,
-    neighbours: Neighbours,
-    thresholds: Mapping[str, float],
-) -> Decision:
-    """Classify one image by the embeddings of its generic descriptions.
+def fit_neighbours(points: NDArray[Any], count: int) -> Any:
+    """A NearestNeighbors that finds `count` points, or as many as there are."""
+    from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415
+
+    return NearestNeighbors(n_neighbors=min(count, len(points)), algorithm="brute").fit(
+        points
+    )
+
+
+def project(
+    scaled: NDArray[np.float32], projection: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Scaled rows in the space of the neighbours; an empty projection changes none."""
+    return scaled @ projection if projection.size else scaled
+
+
+def class_scores(decisions: NDArray[Any], n_classes: int) -> NDArray[np.float64]:
+    """Sums of the one-against-one decisions of an SVC, (n_samples, n_classes).
+
+    Its class is their argmax. Not scikit-learn's "ovr" form, nor `predict`: their votes
+    tie and make steps that can't be calibrated.
+    """
+    pairs = np.reshape(decisions, (len(decisions), -1))
+    return np.asarray(pairs @ sums_of_pairs(n_classes).T, np.float64)
+
+
+def sums_of_pairs(n_classes: int) -> NDArray[np.float64]:
+    """(n_classes, n_pairs): +1 where a decision speaks for a class, -1 against it.
+
+    In scikit-learn's order of pairs; of two classes, positive means the second.
+    """
+    if n_classes == 2:
+        return np.array([[-1.0], [1.0]])
+    first, second = np.triu_indices(n_classes, 1)
+    return np.asarray(np.eye(n_classes)[first] - np.eye(n_classes)[second]).T
+
+
+def times_limit(distance: float, limit: float) -> float:
+    """Novelty as a multiple of its limit; finite where the limit is 0."""
+    return float(distance / max(limit, 1e-9))
+
+
+def refusal(
+    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
+) -> str:
+    """Why an image should not be given a class; empty where nothing speaks against it.
 
     Parameters
     ----------
-    rows : ndarray, float32 (k, n_features)
-        One embedding per description, not scaled.
-    scaler, classifier : scikit-learn estimators
-        What SCALER and CLASSIFIER hold.
-    neighbours : Neighbours
-        See `load_neighbours`.
-    thresholds : mapping
-        ``metricas.json["thresholds"]``: keys ``confidence`` and ``novelty``.
+    words, picture : Opinion or None
+        Of the two readers; None where a reader was not heard.
+    needed : mapping
+        The confidence that an answer needs, by class.
     """
-    scaled = np.asarray(scaler.transform(rows), np.float32)
-    shares = classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
-    distances = neighbours.distances(neighbours.project(scaled))
-    classes = [str(name) for name in classifier.classes_]
-    best, far = int(np.argmax(shares)), novelty(distances)
-    reason = refusal(float(shares[best]), far, thresholds)
+    return next(_doubts(words, picture, needed), "")
+
+
+def _doubts(
+    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
+) -> Iterator[str]:
+    """All that speaks against an answer, in the order in which it is said."""
+    if picture and picture.novelty > 1:
+        yield _unlike("the picture is", picture)
+    if words is None:
+        return
+    if words.novelty > 1:
+        yield _unlike("the descriptions are", words)
+    label, least = words.label, needed[words.label]
+    if picture and picture.label != label:
+        yield f"descriptions say {label}, picture says {picture.label}"
+    if least >= NEVER:
+        yield f"no confidence in {label} kept the errors within the accepted share"
+    if words.confidence < least:
+        yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+
+
+def _unlike(what: str, opinion: Opinion) -> str:
+    nearest = f"; nearest {opinion.nearest[0]}" if opinion.nearest else ""
+    return (
+        f"{what} unlike all in training ({opinion.novelty:.1f} times the limit"
+        f"{nearest})"
+    )
+
+
+def foreign_modality(modality: str, trained: Sequence[str]) -> str:
+    """Why the header refuses an image; empty where it, or the model, names none."""
+    if not modality or not trained or modality in trained:
+        return ""
+    return f"Modality {modality} is not among those of training ({', '.join(trained)})"
+
+
+def decide(  # noqa: PLR0913
+    model: Model,
+    rows: NDArray[np.float32] | None,
+    pixels: NDArray[np.float32] | None,
+    modality: str = "",
+    stage: int = 0,
+    *,
+    one_reader: bool = False,
+    any_modality: bool = False,
+) -> Decision:
+    """Classify one image, or say why not; without rows only what the picture refuses.
+
+    Parameters
+    ----------
+    rows : ndarray, float32 (k, n_features), or None
+        One embedding per generic description, not scaled. None: nothing was asked yet,
+        and an empty reason means that asking may help.
+    pixels : ndarray, float32 (40,), or None
+        See `picture_statistics`; not used with `one_reader`.
+    modality : str
+        Of the header, "" where it has none.
+    stage : int
+        One of ``model.stages``: whose limits hold.
+    one_reader, any_modality : bool
+        Leave out the second reader; don't let the Modality refuse.
+    """
+    picture = None if one_reader or pixels is None else _look(model, pixels)
+    words, shares, needed = None, {}, {}
+    if rows is not None:
+        limits = model.thresholds["stages"][str(stage)]
+        words, shares = _read(model, rows, limits)
+        needed = limits["one_reader" if one_reader else "confidence"]
+    reason = "" if any_modality else foreign_modality(modality, model.modalities)
+    reason = reason or refusal(words, picture, needed)
+    heard = words or picture
+    best = heard.label if heard else ""
     return Decision(
-        label=config.INCONCLUSIVE if reason else classes[best],
-        best_class=classes[best],
-        confidences={name: float(p) for name, p in zip(classes, shares, strict=True)},
-        novelty=far,
+        label=config.INCONCLUSIVE if reason or not words else best,
+        best_class=best,
+        confidences=shares,
         reason=reason,
-        nearest=neighbours.nearest(distances),
+        words=words,
+        picture=picture,
+        stage=stage if words else 0,
+    )
+
+
+def _read(
+    model: Model, rows: NDArray[np.float32], limits: Mapping[str, Any]
+) -> tuple[Opinion, dict[str, float]]:
+    """The first reader: the mean of the descriptions decides.
+
+    Novelty is the mean over the descriptions: their mean vector would hide an unknown
+    image, since it lies near the centre of everything.
+    """
+    scaled = np.asarray(model.scaler.transform(rows), np.float32)
+    shares = model.classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
+    shares = shares ** limits["factor"]
+    shares /= shares.sum()
+    classes = [str(name) for name in model.classifier.classes_]
+    best = int(np.argmax(shares))
+    distances, found = model.descriptions.kneighbors(project(scaled, model.projection))
+    owners = Counter(model.owner[found].T.ravel().tolist()).most_common(3)
+    opinion = Opinion(
+        label=classes[best],
+        confidence=float(shares[best]),
+        novelty=times_limit(distances.mean(), limits["descriptions"]),
+        nearest=[str(model.names[owner]) for owner, _ in owners],
+    )
+    return opinion, {name: float(p) for name, p in zip(classes, shares, strict=True)}
+
+
+def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
+    """The second reader, of whose classes none has a confidence."""
+    scores = class_scores(
+        model.second.decision_function(pixels[None]), len(model.second.classes_)
+    )
+    distances, found = model.pictures.kneighbors(
+        model.second[0].transform(pixels[None])
+    )
+    return Opinion(
+        label=str(model.second.classes_[scores[0].argmax()]),
+        confidence=1.0,
+        novelty=times_limit(distances.mean(), model.thresholds["pixels"]),
+        nearest=[str(model.names[image]) for image in found[0, :3]],
     )

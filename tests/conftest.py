@@ -7,13 +7,21 @@ import phantoms
 import pytest
 from fake_ollama import FakeOllama
 
+import utils
+
 LabelFolder = Callable[..., Path]
 
 
 def server_flags(url: str) -> list[str]:
-    """Flags that point a phase at the stand-in and keep its retries quick."""
+    """Flags that point a phase at the stand-in."""
     models = ["--vlm", "demo-vlm", "--embed-model", "demo-embed"]
-    return ["--host", url, *models, "--retry-pause", "0.01", "--wait", "5"]
+    return ["--host", url, *models, "--wait", "5"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for the first pause of a retry."""
+    monkeypatch.setattr(utils, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -60,7 +60,9 @@ def test_a_flag_of_another_phase_is_refused(capsys: pytest.CaptureFixture[str]) 
         (2, "--generic-share", "1.5"),
         (2, "--generic-share", "nan"),
         (2, "--server-parallel", "0"),
-        (2, "--read-timeout", "0"),
+        (2, "--keep-alive", "for ever"),
+        (3, "--c", "inf"),
+        (3, "--seed", "5000000000"),
         (3, "--folds", "1"),
         (3, "--group-by", "moon"),
         (1, "--jobs", "-1"),
@@ -75,6 +77,18 @@ def test_a_senseless_value_is_refused_by_name(
         parse(phase, flag, value)
     assert stop.value.code == 2
     assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["30m", "1h30m", "-1", "300", "0"])
+def test_every_form_of_keep_alive_that_ollama_takes_is_taken(value: str) -> None:
+    assert parse(2, "--keep-alive", value).keep_alive == value
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(3, "--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == config.PROGRAM_VERSION
 
 
 def test_requests_in_flight_follow_the_servers_slots() -> None:

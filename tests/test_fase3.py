@@ -1,7 +1,6 @@
 """Phase 3: its figures are phase 4's, its checks can fail, its refusals are clear."""
 
 import base64
-import csv
 import errno
 import hashlib
 import json
@@ -27,7 +26,11 @@ import utils
 from config import Config
 from fase3_entrenamiento_svc import Booleans, Dataset, Experiment, Model
 
-COLUMNS = "row,image_id,file,class,prompt_set,prompt_index,prompt,seed,description"
+ROW_COLUMNS = "row,image_id,file,class,prompt_set,prompt_index,prompt,seed,description"
+IMAGE_COLUMNS = (
+    "image_id,file,class,sop_instance_uid,modality,manufacturer,detector,station,day,"
+    "study,rows,columns,kvp,mas,first_answer,last_answer,server_versions"
+)
 N_FEATURES = 24
 
 # --- Small datasets -----------------------------------------------------------------
@@ -42,6 +45,7 @@ def write_dataset(  # noqa: PLR0913  (each argument is one property of the datas
     generic: int = 4,
     of_class: float = 3.0,
     of_prompts: float = 0.3,
+    of_picture: float = 3.0,
     seed: int = 0,
 ) -> Path:
     """What phase 2 would write: class, image, prompt set and noise, added up."""
@@ -70,33 +74,56 @@ def write_dataset(  # noqa: PLR0913  (each argument is one property of the datas
                 )
     rows = np.array(vectors, np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return save_dataset(base, rows, np.array([line["class"] for line in lines]), lines)
+    of_classes = rng.normal(size=(len(classes), 40)) * of_picture
+    pixels = np.repeat(of_classes, per_class, axis=0)
+    pixels += rng.normal(size=pixels.shape)
+    return save_dataset(base, rows, lines, pixels)
 
 
 def save_dataset(
-    base: Path, rows: Any, y: Any, lines: Iterable[dict[str, Any]]
+    base: Path, rows: Any, lines: Sequence[dict[str, Any]], pixels: Any
 ) -> Path:
+    """Write the arrays and tables, with one line per image and the manifest."""
     folder = base / "dataset_final_vlm"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / config.DATASET_X, rows)
-    np.save(folder / config.DATASET_Y, y)
-    with (folder / config.DATASET_ROWS).open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS.split(","), restval="")
-        writer.writeheader()
-        writer.writerows(lines)
+    np.save(folder / config.DATASET_Y, np.array([line["class"] for line in lines]))
+    np.save(folder / config.DATASET_PIXELS, pixels.astype(np.float32))
+    images = {line["image_id"]: line for line in lines}.values()
+    utils.write_csv(folder / config.DATASET_ROWS, ROW_COLUMNS.split(","), lines)
+    utils.write_csv(
+        folder / config.DATASET_IMAGES,
+        IMAGE_COLUMNS.split(","),
+        [
+            {name: each[name] for name in ("image_id", "file", "class")}
+            for each in images
+        ],
+    )
     return seal(base)
 
 
-def seal(base: Path) -> Path:
+def with_headers(base: Path, column: str, values: Sequence[str]) -> Path:
+    """Fill one column of the list of images."""
+    path = base / "dataset_final_vlm" / config.DATASET_IMAGES
+    lines = utils.read_csv(path)
+    for line, value in zip(lines, values, strict=True):
+        line[column] = value
+    utils.write_csv(path, IMAGE_COLUMNS.split(","), lines)
+    return seal(base)
+
+
+def seal(base: Path, **more: Any) -> Path:
     """Write the manifest for the files as they are."""
     folder = base / "dataset_final_vlm"
     names = (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS)
+    names += (config.DATASET_IMAGES, config.DATASET_PIXELS)
     digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
     probe = base64.b64encode(np.ones(N_FEATURES, "<f4").tobytes()).decode()
     manifest = {
         "conditions": {"vlm": "test-vlm", "embedder": "test-embedder"},
         "probe_vector": probe,
         "sha256": digests,
+        **more,
     }
     (folder / config.MANIFEST).write_text(json.dumps(manifest))
     return base

@@ -57,9 +57,25 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> PreparedImage:
 
 
 def describe(
-    cfg: Config, picture: PreparedImage, record: Callable[..., object] = print
+    cfg: Config, picture: PreparedImage, told: Callable[[Answer], object] = print
 ) -> Answer:
-    return ask(cfg, lambda s: s.describe(picture, QUESTION, (), record))
+    """Ask the question as a phase does, keeping nothing."""
+
+    async def work(server: VlmServer) -> Answer:
+        book = utils.AnswerBook(None, cfg, await server.preflight())
+        answers, turn = book.of(picture), await turn_on(server, cfg)
+        await utils.ask(picture, [QUESTION], answers, turn, embed=False, told=told)
+        chosen = answers.chosen(QUESTION)
+        assert chosen is not None
+        return chosen
+
+    return ask(cfg, work)
+
+
+async def turn_on(server: VlmServer, cfg: Config) -> utils.Turn:
+    slot = utils.slots_of(cfg, [server])[0]
+    await slot.free.acquire()
+    return utils.Turn(slot)
 
 
 # --- Preflight ----------------------------------------------------------------------
@@ -130,7 +146,7 @@ def test_models_that_do_not_fit_together_are_noticed() -> None:
 def test_the_first_load_is_the_last(fake: FakeOllama, picture: PreparedImage) -> None:
     async def work(server: VlmServer) -> None:
         await server.preflight()
-        await server.describe(picture, QUESTION, (), print)
+        await server.answer(picture.png, QUESTION.prompt, 1)
         await server.embed(["a text"])
 
     ask(knobs(fake), work)
@@ -145,6 +161,11 @@ def test_the_first_load_is_the_last(fake: FakeOllama, picture: PreparedImage) ->
         ("https://there", "https://there:443"),
         ("http://there/path/", "http://there:80/path"),
         ("[::1]:5", "http://[::1]:5"),
+        ("[::]:5", "http://[::1]:5"),
+        ("::", "http://[::1]:11434"),
+        ("10.0.0.0", "http://10.0.0.0:11434"),
+        ('"127.0.0.1:99"', "http://127.0.0.1:99"),
+        ("https://me:secret@there", "https://there:443"),
     ],
 )
 def test_an_address_is_completed_as_ollama_does(host: str, url: str) -> None:
@@ -155,7 +176,7 @@ def test_an_address_is_completed_as_ollama_does(host: str, url: str) -> None:
     "host", ["ftp://there", "http://there:port", "http://[::1", "two words", "a:99999"]
 )
 def test_what_is_no_address_is_one_line(host: str) -> None:
-    with pytest.raises(PipelineError, match="is no address of a server"):
+    with pytest.raises(PipelineError, match="is not an address of a server"):
         utils.server_url(Config(host=host))
 
 
@@ -197,8 +218,10 @@ def test_an_answer_has_text_and_times(fake: FakeOllama, picture: PreparedImage) 
     answer = describe(knobs(fake), picture)
     assert answer.problem == ""
     assert answer.text
-    assert answer.vision_s > 0
-    assert answer.text_s > 0
+    assert answer.record["prompt_eval_duration"] > 0
+    assert answer.record["eval_duration"] > 0
+    assert answer.record["time"].endswith("+00:00")
+    assert answer.record["server_version"].startswith("0.33")
 
 
 def test_the_same_question_with_the_same_seed_has_the_same_answer(
@@ -221,11 +244,10 @@ def test_a_200_without_a_usable_text_is_asked_again_with_another_seed(
     fake: FakeOllama, picture: PreparedImage, fault: str
 ) -> None:
     fake.control(script=[("/api/chat", QUESTION.prompt, fault)])
-    attempts: list[tuple[int, Answer]] = []
-    answer = describe(knobs(fake), picture, lambda *pair: attempts.append(pair))
+    attempts: list[Answer] = []
+    answer = describe(knobs(fake), picture, attempts.append)
     assert answer.problem == ""
-    assert [number for number, _ in attempts] == [0, 1]
-    assert not attempts[0][1].usable
+    assert [attempt.usable for attempt in attempts] == [False, True]
     seeds = {asked["seed"] for asked in fake.stats()["asked"] if asked["prompt"]}
     assert len(seeds) == 2
 
@@ -242,10 +264,10 @@ def test_a_cut_answer_is_asked_again_once_and_then_kept(
         }
     ]
     fake.control(script=script)
-    attempts: list[int] = []
-    answer = describe(knobs(fake), picture, lambda n, _: attempts.append(n))
+    attempts: list[Answer] = []
+    answer = describe(knobs(fake), picture, attempts.append)
     assert answer.problem == "cut"
-    assert attempts == [0, 1]
+    assert len(attempts) == 2
 
 
 def test_a_question_without_any_usable_answer_is_rejected(
@@ -257,17 +279,20 @@ def test_a_question_without_any_usable_answer_is_rejected(
 
 
 def test_attempts_of_an_earlier_run_are_not_repeated(
-    fake: FakeOllama, picture: PreparedImage
+    fake: FakeOllama, picture: PreparedImage, tmp_path: Path
 ) -> None:
-    earlier = [Answer("", "empty")] * 2
-    numbers: list[int] = []
-    ask(
-        knobs(fake),
-        lambda s: s.describe(
-            picture, QUESTION, earlier, lambda n, _: numbers.append(n)
-        ),
-    )
-    assert numbers == [2]
+    cfg = knobs(fake)
+
+    async def work(server: VlmServer) -> None:
+        book = utils.AnswerBook(tmp_path, cfg, await server.preflight())
+        answers, turn = book.of(picture), await turn_on(server, cfg)
+        for attempt in range(2):
+            answers.keep(QUESTION, attempt, {"text": "", "done": True})
+        await utils.ask(picture, [QUESTION], answers, turn, embed=False)
+
+    ask(cfg, work)
+    seeds = [asked["seed"] for asked in fake.stats()["asked"] if asked["prompt"]]
+    assert seeds == [QUESTION.seed(picture.image_id, 2)]
 
 
 PASSING = [
@@ -295,10 +320,11 @@ def test_a_failure_that_passes_costs_nothing_but_a_retry(
 
 
 def test_a_request_that_hangs_is_given_up_and_asked_again(
-    fake: FakeOllama, picture: PreparedImage
+    fake: FakeOllama, picture: PreparedImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(utils, "ANSWER_S", 0.5)
     fake.control(script=[("/api/chat", QUESTION.prompt, "hang")])
-    assert describe(knobs(fake, "--read-timeout", "0.5"), picture).usable
+    assert describe(knobs(fake), picture).usable
 
 
 def test_a_request_that_the_server_refuses_is_not_repeated(
@@ -308,31 +334,35 @@ def test_a_request_that_the_server_refuses_is_not_repeated(
     with pytest.raises(RejectedError, match="the server failed: ") as caught:
         describe(knobs(fake), picture)
     assert "{" not in str(caught.value)
-    assert fake.stats()["requests"]["/api/chat"] == 1
+    assert fake.stats()["requests"]["/api/chat"] == 1 + 1  # the load
 
 
 def test_a_model_that_vanished_stops_the_run(
     fake: FakeOllama, picture: PreparedImage
 ) -> None:
-    with pytest.raises(PipelineError, match="'gone' not found") as caught:
-        describe(knobs(fake, "--vlm", "gone"), picture)
+    with pytest.raises(PipelineError, match=r"'gone' not found.*ollama pull") as caught:
+        ask(
+            knobs(fake, "--vlm", "gone"),
+            lambda s: s.answer(picture.png, QUESTION.prompt, 1),
+        )
     assert not isinstance(caught.value, RejectedError)
 
 
 def test_a_server_that_fails_everything_stops_the_run(
-    fake: FakeOllama, picture: PreparedImage
+    fake: FakeOllama, picture: PreparedImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(utils, "TRIES", 1)
     fake.control(faults={"oom": 1.0})
 
     async def work(server: VlmServer) -> None:
         for _ in range(utils.GIVE_UP_AFTER + 1):
             try:
-                await server.describe(picture, QUESTION, (), print)
+                await server.answer(picture.png, QUESTION.prompt, 1)
             except RejectedError:
                 continue
 
     with pytest.raises(PipelineError, match="requests in a row"):
-        ask(knobs(fake, "--retries", "1"), work)
+        ask(knobs(fake), work)
 
 
 def test_a_server_that_goes_away_is_waited_for(
@@ -351,17 +381,17 @@ def test_a_server_that_goes_away_is_waited_for(
 
 
 def test_a_server_that_stays_away_stops_the_run(picture: PreparedImage) -> None:
-    cfg = Config(host="http://127.0.0.1:9", wait=0.1, retry_pause=0.01)
+    cfg = Config(host="http://127.0.0.1:9", wait=0.1)
     with pytest.raises(PipelineError, match=r"has not answered.*ollama serve"):
-        describe(cfg, picture)
+        ask(cfg, lambda s: s.answer(picture.png, QUESTION.prompt, 1))
 
 
 def test_a_replaced_model_is_noticed(fake: FakeOllama) -> None:
     async def work(server: VlmServer) -> None:
-        facts = await server.preflight()
-        await server.check_unchanged(facts)
+        await server.preflight()
+        await server.check_unchanged()
         fake.control(digests={"demo-vlm": "f" * 64})
-        await server.check_unchanged(facts)
+        await server.check_unchanged()
 
     with pytest.raises(ModelChangedError, match="demo-vlm was replaced"):
         ask(knobs(fake), work)
@@ -392,7 +422,7 @@ def assert_equal(
 def test_texts_are_embedded_in_lists_and_in_order(fake: FakeOllama) -> None:
     vectors = embedded(knobs(fake), TEXTS)
     before = fake.stats()["requests"]["/api/embed"]
-    assert before == 1 + 3
+    assert before == 4 + 3  # the preflight, and three lists
     alone = embedded(knobs(fake), TEXTS[50:51])[0]
     assert_equal([vectors[50]], [alone])
 
@@ -445,14 +475,14 @@ def test_the_server_encodes_every_image_once(
     ]
 
     async def run(server: VlmServer, cfg: Config) -> None:
-        async def jobs_of(path: Path) -> list[tuple[PreparedImage, utils.Question]]:
-            picture = await asyncio.to_thread(utils.prepare_image, path)
-            return [(picture, q) for q in utils.questions("generic", 6)]
+        book = utils.AnswerBook(None, cfg, await server.preflight())
+        asked = utils.questions("generic", 6)
 
-        async def do(job: tuple[PreparedImage, utils.Question]) -> None:
-            await server.describe(*job, (), lambda *_: None)
+        async def work(_: Path, picture: PreparedImage, turn: utils.Turn) -> None:
+            await utils.ask(picture, asked, book.of(picture), turn)
 
-        await utils.in_lanes(paths, jobs_of, do, cfg)
+        slots = utils.slots_of(cfg, [server])
+        await utils.image_by_image(paths, utils.prepare_image, work, slots)
 
     with FakeOllama(
         num_parallel=slots,
@@ -465,42 +495,74 @@ def test_the_server_encodes_every_image_once(
         ask(cfg, lambda server: run(server, cfg))
         stats = fake.stats()
     assert stats["encodes"] == images
-    assert len(stats["asked"]) == images * 6
+    assert sum(bool(asked["prompt"]) for asked in stats["asked"]) == images * 6
     assert stats["max_in_flight"] <= cfg.in_flight
 
 
 def test_memory_holds_only_what_is_in_flight() -> None:
-    taken = done = 0
-    most = 0.0
+    taken = done = most = 0
 
     def source() -> Iterator[int]:
         nonlocal taken
-        for number in range(500):
+        for number in range(300):
             taken += 1
             yield number
 
-    async def jobs_of(item: int) -> list[int]:
-        return [item] * 3
-
-    async def do(_: int) -> None:
+    async def work(_: int, __: int, turn: utils.Turn) -> None:
         nonlocal done, most
-        done += 1
-        most = max(most, taken - done / 3)
+        most = max(most, taken - done)
         await asyncio.sleep(0)
+        turn.end()
+        await asyncio.sleep(0)
+        done += 1
 
-    asyncio.run(utils.in_lanes(source(), jobs_of, do, Config()))
-    assert done == 1500
+    async def run() -> None:
+        async with VlmServer(Config(), print) as server:
+            slots = utils.slots_of(Config(), [server])
+            await utils.image_by_image(source(), int, work, slots)
+
+    asyncio.run(run())
+    assert done == 300
     assert most < 6
 
 
-def test_the_first_error_ends_all_lanes() -> None:
-    async def jobs_of(item: int) -> list[int]:
-        return [item]
-
-    async def do(item: int) -> None:
+def test_the_first_error_ends_all_slots() -> None:
+    async def work(item: int, _: int, __: utils.Turn) -> None:
         if item == 3:
             raise PipelineError("three")
         await asyncio.sleep(0)
 
+    async def run() -> None:
+        cfg = Config(server_parallel=2)
+        async with VlmServer(cfg, print) as server:
+            slots = utils.slots_of(cfg, [server])
+            await utils.image_by_image(range(10**9), int, work, slots)
+
     with pytest.raises(PipelineError, match="three"):
-        utils.run_async(utils.in_lanes(range(10**9), jobs_of, do, Config()))
+        utils.run_async(run())
+
+
+def test_an_idle_slot_takes_questions_of_an_image_that_has_many_left(
+    picture: PreparedImage,
+) -> None:
+    with FakeOllama(
+        num_parallel=2, time_model="gpu", time_scale=0.01, load_s=0
+    ) as fake:
+        cfg = knobs(fake, "--server-parallel", "2")
+
+        async def work(server: VlmServer) -> list[Answer | None]:
+            book = utils.AnswerBook(None, cfg, await server.preflight())
+            asked, answers = utils.questions("object", 30), book.of(picture)
+
+            async def one(_: int, __: int, turn: utils.Turn) -> None:
+                await utils.ask(picture, asked, answers, turn)
+
+            slots = utils.slots_of(cfg, [server])
+            await utils.image_by_image([0], int, one, slots)
+            return [answers.chosen(question) for question in asked]
+
+        assert all(ask(cfg, work))
+        stats = fake.stats()
+    assert stats["max_slots_busy"] == 2
+    assert stats["encodes"] == 2
+    assert all(asked["asked"] == 1 for asked in stats["asked"] if asked["prompt"])

@@ -28,11 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import joblib
 from numpy.typing import NDArray
-from test_fase3 import save_dataset
 
 import config
-import fase3_entrenamiento_svc as fase3
-from fase3_entrenamiento_svc import Dataset, Experiment, Model
+import utils
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("FDT", "MTF", "TOR")
@@ -73,6 +71,7 @@ class World:
         self.directions /= np.sqrt(self.n_features)
         self.base = draw(size=N_DIRECTIONS)
         self.classes = self.of_class * draw(size=(len(CLASSES), N_DIRECTIONS))
+        self.pictures = 0.8 * draw(size=(len(CLASSES), 40))
         self.prompts = 1.5 * draw(size=(60, N_DIRECTIONS)) * self.spectrum
 
     def image(self, label: int, prompts: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -96,7 +95,7 @@ def own_prompts(label: int) -> NDArray[np.intp]:
 
 
 def write(world: World, base: Path, n_images: int) -> None:
-    """A dataset as phase 2 would write it."""
+    """A dataset as phase 2 would write it; the pictures tell the classes apart, too."""
     lines: list[dict[str, Any]] = []
     parts = []
     for label, name in enumerate(CLASSES):
@@ -104,17 +103,26 @@ def write(world: World, base: Path, n_images: int) -> None:
             prompts = np.concatenate([own_prompts(label), GENERIC])
             parts.append(world.image(label, prompts))
             sets = ["object" if label else "background"] * 40 + ["generic"] * 10
-            lines += [
-                {
-                    "image_id": f"{name}{i}",
-                    "file": f"{name}/{i}.dcm",
-                    "class": name,
-                    "prompt_set": prompt_set,
-                }
-                for prompt_set in sets
-            ]
-    labels = np.array([line["class"] for line in lines])
-    save_dataset(base, np.concatenate(parts), labels, lines)
+            image = {"image_id": f"{name}{i}", "file": f"{name}/{i}.dcm", "class": name}
+            lines += [image | {"prompt_set": prompt_set} for prompt_set in sets]
+    images = [lines[row] for row in range(0, len(lines), 50)]
+    labels = np.array([CLASSES.index(line["class"]) for line in images])
+    pixels = world.rng.normal(size=(len(images), 40)) + world.pictures[labels]
+    folder = base / "dataset_final_vlm"
+    folder.mkdir(parents=True)
+    np.save(folder / config.DATASET_X, np.concatenate(parts))
+    np.save(folder / config.DATASET_Y, np.array([line["class"] for line in lines]))
+    np.save(folder / config.DATASET_PIXELS, pixels.astype(np.float32))
+    columns = ("image_id", "file", "class")
+    utils.write_csv(folder / config.DATASET_ROWS, (*columns, "prompt_set"), lines)
+    table = [{name: line[name] for name in columns} for line in images]
+    utils.write_csv(folder / config.DATASET_IMAGES, columns, table)
+    manifest = {
+        "conditions": {},
+        "probe_vector": "AAAAAA==",
+        "sha256": {path.name: utils.sha256_of(path) for path in folder.iterdir()},
+    }
+    utils.write_json(folder / config.MANIFEST, manifest)
 
 
 def new_images(world: World) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
