@@ -832,10 +832,10 @@ class State:
             is_free = path.name not in self.outputs and path.exists()
             if is_free and same_values(path, new):
                 return path.name if path in taken else free, "renamed", path
-        for path in taken:
-            adopted = self.outputs.get(path.name, {}).get("adopted")
-            if adopted and same_values(path, new):
-                return path.name, "duplicate", path
+        old = [one for one in taken if self.outputs.get(one.name, {}).get("adopted")]
+        known = next((one for one in old if same_values(one, new)), new)
+        if known != new:
+            return known.name, "duplicate", known
         return free, "written", new
 
     def _namesakes(self, name: str) -> tuple[list[Path], str]:
@@ -989,7 +989,7 @@ class State:
             if one["timestamp"] != NO_DATE
         )
         if ties := sum(count for count in moments.values() if count > 1):
-            yield f"{ties} images share their moment with others, and nothing orders them"
+            yield f"{ties} images share their moment with others: nothing orders them"
         in_utc = sum(one["time_source"].endswith(IN_UTC) for one in records)
         if 0 < in_utc < len(records) - undated:
             local = len(records) - undated - in_utc

@@ -532,6 +532,7 @@ HEADER_MB = 64
 """Room for the header beside --max-image-mb."""
 
 Elements = dict[BaseTag, RawDataElement | DataElement]
+_ITEM, _END_OF_ITEMS = b"\xfe\xff\0\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 _OTHER_KINDS = {
     **{b"%PDF": "a PDF document", b"PK": "a ZIP archive or an office document"},
@@ -681,11 +682,7 @@ def _inflate(data: bytes, limit_mb: int, surely: bool) -> bytes:
 
 
 class _MendableError(Exception):
-    """Bytes that pydicom can't read past: `length` of them, at `at`, become `mended`."""
-
-    def __init__(self, at: int, length: int, mended: bytes, note: str) -> None:
-        super().__init__(note)
-        self.at, self.length, self.mended, self.note = at, length, mended, note
+    """What pydicom can't read past: offset, length, bytes in their place, note."""
 
 
 def _read_elements(
@@ -699,10 +696,11 @@ def _read_elements(
             end = _walk(elements, file, size, implicit, little)
             break
         except _MendableError as fault:
-            notes.append(str(fault))
+            at, length, mended, note = fault.args
+            notes.append(note)
             file.seek(0)
             data = bytearray(file.read())
-            data[fault.at : fault.at + fault.length] = fault.mended
+            data[at : at + length] = mended
             file, size = io.BytesIO(data), len(data)
             file.seek(start)
     if size - end > 1:
@@ -713,39 +711,45 @@ def _read_elements(
     return elements
 
 
+class _Watch:
+    """Looks at each element before its value is read, and says where to stop.
+
+    pydicom reads a value that is longer than the file, and one after a VR that it
+    doesn't know, without a word. What follows the image is left out.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, implicit: bool) -> None:
+        self.file, self.size, self.implicit, self.last = file, size, implicit, 0
+
+    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
+        at = self.file.tell()
+        if not self.implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
+            _check_vr(self.file, at - 8)
+        too_long = length != UNDEFINED_LENGTH and at + length > self.size
+        if self.last >= PIXEL_DATA and (too_long or tag <= self.last):
+            return True
+        if too_long:
+            there = self.size - at
+            raise RejectedError(
+                f"is truncated: {tag} says {length} bytes, {there} are there"
+            )
+        self.last = self.last if tag.group == ITEM_GROUP else tag
+        return False
+
+
 def _walk(
     elements: Elements, file: BinaryIO, size: int, implicit: bool, little: bool
 ) -> int:
-    """Read the elements, and where they end.
-
-    pydicom reads a value that is longer than the file, and one after a VR that it
-    doesn't know, without a word: so each element is looked at before its value is read.
-    """
-    last, end = 0, file.tell()
-
-    def is_no_part(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal last
-        at = file.tell()
-        if not implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
-            _check_vr(file, at - 8)
-        too_long = length != UNDEFINED_LENGTH and at + length > size
-        if last >= PIXEL_DATA and (too_long or tag <= last):
-            return True
-        if too_long:
-            raise RejectedError(
-                f"is truncated: {tag} says {length} bytes, {size - at} are there"
-            )
-        last = last if tag.group == ITEM_GROUP else tag
-        return False
-
+    """Read the elements, and where they end."""
+    watch, end = _Watch(file, size, implicit), file.tell()
     try:
-        for element in data_element_generator(file, implicit, little, is_no_part):
+        for element in data_element_generator(file, implicit, little, watch):
             elements[element.tag], end = element, file.tell()
-    except EOFError:  # no delimiter before the end of the file
-        if PIXEL_DATA not in elements and last == PIXEL_DATA:
+    except (EOFError, OSError) as error:  # no delimiter before the end of the file
+        if watch.last == PIXEL_DATA and isinstance(error, EOFError):
             note = "its compressed pixels had no delimiter at their end"
-            raise _MendableError(size, 0, b"\xfe\xff\xdd\xe0\0\0\0\0", note) from None
-        if PIXEL_DATA not in elements:
+            raise _MendableError(size, 0, _END_OF_ITEMS, note) from None
+        if watch.last <= PIXEL_DATA:
             raise
     return end
 
@@ -953,10 +957,10 @@ def decode(
     if layout.size > min(limit_mb << 20, UNDEFINED_LENGTH - 1):
         size_mb = layout.size >> 20
         raise RejectedError(f"would decode to {size_mb} MB: see --max-image-mb")
-    wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
     middle = layout.frames // 2
     wanted = slice(middle, middle + 1) if middle_only else slice(None)
     precision, codec = 0, ""
+    wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
     if wrapped or getattr(element, "length", 0) == UNDEFINED_LENGTH:
         streams = _streams(value, layout.frames, notes)
         facts = stream_facts(streams[0], layout)
@@ -969,10 +973,7 @@ def decode(
     elif not is_known:  # some have another byte order
         raise RejectedError(f"has an unknown transfer syntax: {uid}")
     else:
-        if uid and uid.is_compressed and not uid.is_deflated:
-            notes.append("said compressed, is not")
-        values = _native(value, element, layout, not uid or uid.is_little_endian, notes)
-        values = values[wanted]
+        values = _native(value, element.VR, layout, uid, notes)[wanted]
         layout = replace(layout, bits_allocated=8 * values.itemsize)
     planes = _embedded_overlays(dataset, layout)
     if middle_only and layout.frames > 1 and not _fits(values, layout):
@@ -988,9 +989,12 @@ def decode(
 
 
 def _native(
-    value: bytes, element: Any, layout: PixelLayout, little: bool, notes: list[str]
+    value: bytes, vr: str, layout: PixelLayout, uid: UID, notes: list[str]
 ) -> NDArray[Any]:
     """Samples of native pixel data, (frames, samples) in the order of storage."""
+    little = not uid or uid.is_little_endian
+    if uid and uid.is_compressed and not uid.is_deflated:
+        notes.append("said compressed, is not")
     bits, count = layout.bits_allocated, layout.frames * layout.frame_samples
     if len(value) < layout.size:
         raise RejectedError(
@@ -998,17 +1002,12 @@ def _native(
         )
     if (excess := len(value) - layout.size) > 1:
         notes.append(f"{excess} bytes after the last frame left out")
-    if not little and bits < 16 and element.VR == "OW":  # PS3.5 A.3: words are swapped
+    if not little and bits < 16 and vr == "OW":  # PS3.5 A.3: words are swapped
         value = np.frombuffer(value, "u2", len(value) // 2).byteswap().tobytes()
-    if not little and bits > 16 and element.VR == "OW":
+    if not little and bits > 16 and vr == "OW":
         notes.append(f"bytes were swapped in words of {bits} bits")
-    if bits == 1:
-        packed = np.frombuffer(value, np.uint8)
-        samples = np.unpackbits(packed, count=count, bitorder="little")
-    elif bits == 12:  # three bytes hold two samples
-        nibbles = np.frombuffer(value, np.uint8)[:, None] >> (0, 4) & 15
-        parts = nibbles.ravel()[: 3 * count].reshape(-1, 3).astype("<u2")
-        samples = parts[:, 0] | parts[:, 1] << 4 | parts[:, 2] << 8
+    if bits in (1, 12):
+        samples = _unpacked(np.frombuffer(value, np.uint8), bits, count)
     elif bits in (8, 16, 32, 64):
         kind = f"{'<' if little else '>'}{'i' if layout.signed else 'u'}{bits // 8}"
         samples = np.frombuffer(value, kind, count)
@@ -1017,6 +1016,14 @@ def _native(
     return samples.astype(samples.dtype.newbyteorder("<"), copy=False).reshape(
         layout.frames, -1
     )
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[Any]:
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little")
+    nibbles = packed[:, None] >> (0, 4) & 15
+    three = nibbles.ravel()[: 3 * count].reshape(-1, 3).astype("<u2")
+    return np.asarray(three[:, 0] | three[:, 1] << 4 | three[:, 2] << 8)
 
 
 def _bits(samples: NDArray[Any]) -> NDArray[Any]:
@@ -1099,7 +1106,8 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
 
 def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
     """One frame as `decode_frame` gives it."""
-    layout, flat = pixels.layout, pixels.values[index].ravel()
+    layout = pixels.layout
+    flat: NDArray[Any] = pixels.values[index].ravel()
     if layout.photometric.endswith("_422"):
         data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
         flat = np.frombuffer(data, flat.dtype)
@@ -1117,7 +1125,6 @@ def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
 # stream overshoots 16 bits, OpenJPH turns white into black (imagecodecs 2026.3.6);
 # OpenJPEG, which reads HTJ2K too, clips.
 
-_ITEM = b"\xfe\xff\0\xe0"
 _CODECS = {
     **{f"1.2.840.10008.1.2.4.{number}": "JPEG" for number in range(50, 57)},
     **{f"1.2.840.10008.1.2.4.{number}": "JPEG Lossless" for number in (57, 58, 70)},
@@ -1424,13 +1431,11 @@ def header_facts(dataset: Dataset) -> dict[str, str]:
 
 
 def _header_text(dataset: Dataset, keyword: str) -> str:
-    try:
-        value = dataset.get(keyword)
-    except Exception:  # pydicom raises whatever a broken value provokes
-        return ""
-    if keyword == "ExposureInuAs" and value:
-        value = f"{float(value) / 1000:g}"
-    return " ".join(str("" if value is None else value).split())[:200]
+    value = text(dataset, keyword)
+    if keyword == "ExposureInuAs":
+        micro = number(value)
+        value = "" if micro is None else f"{micro / 1000:g}"
+    return " ".join(value.split())[:200]
 
 
 # The second reader's view of the picture.
@@ -1574,9 +1579,9 @@ def _pixel_aspect(dataset: Dataset) -> float:
     """Height of a pixel over its width (PS3.3 10.7.1.3, C.7.6.3.1.7); 1 if unknown."""
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
         sizes = [number(one) or 0.0 for one in texts(dataset, keyword)]
-        if len(sizes) == 2 and min(sizes) > 0:
-            if 1 / MAX_ASPECT <= (aspect := sizes[0] / sizes[1]) <= MAX_ASPECT:
-                return aspect
+        aspect = sizes[0] / sizes[1] if len(sizes) == 2 and min(sizes) > 0 else 0.0
+        if 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+            return aspect
     return 1.0
 
 

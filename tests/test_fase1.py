@@ -956,7 +956,7 @@ def test_images_that_nothing_orders_are_counted(
             InstanceNumber=None,
         )
     warned = warnings_of(base, caplog)
-    assert "3 images share their moment with others, and nothing orders them" in warned
+    assert "3 images share their moment with others: nothing orders them" in warned
 
 
 def test_local_times_and_utc_are_warned_of_once(
