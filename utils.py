@@ -1385,10 +1385,18 @@ def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
         raise RejectedError(
             f"is too small: {columns}×{rows} pixels, {MIN_SIDE_PX} a side are needed"
         )
-    if pixels.min() == pixels.max():
-        raise RejectedError(f"has no contrast: every pixel is {pixels.flat[0]}")
-    small = _reduce(_display_values(pixels, dataset), _pixel_aspect(dataset))
-    view = _pad(_window(small))
+    padding = _padding(pixels, dataset)
+    is_padded = bool(padding.any())
+    content = pixels[~padding] if is_padded else pixels
+    if not content.size or content.min() == content.max():
+        value = content.flat[0] if content.size else "padding"
+        raise RejectedError(f"has no contrast: every pixel is {value}")
+    values, aspect = _display_values(pixels, dataset), _pixel_aspect(dataset)
+    share = np.ones(0)
+    if is_padded:
+        values[padding] = np.median(values[~padding])  # else it bleeds inwards
+        share = _reduce((~padding).astype(np.float32), aspect)
+    view = _pad(_window(_reduce(values, aspect), share))
     png = io.BytesIO()
     Image.fromarray(view).save(png, "PNG", compress_level=1)
     return PreparedImage(
@@ -1589,17 +1597,48 @@ def _reduce(values: NDArray[np.float32], aspect: float) -> NDArray[np.float32]:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
-def _window(small: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks."""
-    low, high = np.percentile(small, config.WINDOW_PERCENTILES)
+def _padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
+    """Which pixels are no image, bool (rows, columns) (PS3.3 C.7.5.1.1.2).
+
+    Their stored values are PixelPaddingValue, or reach from it to the range limit. A
+    value that its VR gives another sign is brought into the range of the pixels.
+    """
+    ends = [
+        number(text(dataset, keyword))
+        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    ]
+    if pixels.ndim == 3 or ends[0] is None:
+        return np.zeros(pixels.shape[:2], bool)
+    known = np.array([int(one) for one in ends if one is not None])
+    low, high = np.sort(known.astype(pixels.dtype))[[0, -1]]
+    return np.asarray((low <= pixels) & (pixels <= high))
+
+
+def _window(
+    small: NDArray[np.float32], share: NDArray[np.floating[Any]]
+) -> NDArray[np.uint8]:
+    """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks.
+
+    `share` tells how much of a pixel is image, 0 to 1; it is empty where there is no
+    padding. Padding has no part in the window, and is drawn as what stands beside the
+    image.
+    """
+    inside = share > 0.99 if share.size else np.ones(small.shape, bool)
+    inside = inside if inside.any() else share >= share.max()
+    content = small[inside]
+    low, high = np.percentile(content, config.WINDOW_PERCENTILES)
     if low == high:
-        low, high = small.min(), small.max()
-    width = max(high - low, config.WINDOW_MIN_NOISE_SDS * _noise_sd(small), 1e-6)
+        low, high = content.min(), content.max()
+    noise = _noise_sd(small, inside)
+    width = max(high - low, config.WINDOW_MIN_NOISE_SDS * noise, 1e-6)
     scaled = (small - (low + high) / 2) / width + 0.5
-    return np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
+    grey = np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
+    if share.size:
+        grey[share < 0.5] = config.PADDING_GREY
+    return grey
 
 
-def _noise_sd(values: NDArray[np.float32]) -> float:
+def _noise_sd(values: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
     """Noise SD from the median of a second difference that slopes and edges cancel in.
 
     Immerkær, Computer Vision and Image Understanding 64 (1996) 300, with the median in
@@ -1609,7 +1648,11 @@ def _noise_sd(values: NDArray[np.float32]) -> float:
         return 0.0
     rows = values[:-2] - 2 * values[1:-1] + values[2:]
     both = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
-    return float(np.median(np.abs(both)) / 0.6745 / 6)
+    rows_inside = inside[:-2] & inside[1:-1] & inside[2:]
+    whole = rows_inside[:, :-2] & rows_inside[:, 1:-1] & rows_inside[:, 2:]
+    if not whole.any():
+        return 0.0
+    return float(np.median(np.abs(both[whole])) / 0.6745 / 6)
 
 
 def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
