@@ -23,496 +23,148 @@ import faulthandler
 import filecmp
 import hashlib
 import itertools
-import json
 import logging
+import math
 import multiprocessing
 import os
 import re
 import signal
-import sqlite3
 import struct
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import (
-    Callable,
-    Container,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
-from pydicom.charset import convert_encodings, decode_bytes
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_data_element, write_file_meta_info
+from pydicom.tag import BaseTag
 from pydicom.uid import UID, ExplicitVRLittleEndian
+from tqdm import tqdm
 
 import config
 import utils
 from config import Config
-from utils import Buffer, Encoding, PipelineError, PixelLayout, RejectedError
+from utils import PIXEL_DATA, PipelineError, RejectedError
 
 log = logging.getLogger("fase1")
 
 COLUMNS = (
     *("order", "source", "output", "timestamp", "time_source", "sop_instance_uid"),
     *("transfer_syntax", "modality", "manufacturer", "detector", "kvp", "mas"),
-    *("exposure_index", "rows", "columns", "bits", "frames", "decoder", "notes"),
+    *("exposure_index", "rows", "columns", "bits", "frames", "decoder"),
+    *("presentation_intent", "notes"),
 )
+REJECTED_COLUMNS = ("source", "reason", "modality", "sop_class", "series_description")
+
 NO_DATE = "sin_fecha"
 """Stands for the timestamp of an image without any date; sorts after every date."""
 
-STATE = ".fase1.sqlite"
-"""What was done, so that the next run need not open a file to know it."""
+STATE, LOCK = ".fase1.jsonl", ".fase1.lock"
+"""What was done, so that the next run need not open a file to know it; who does it."""
 
 TEMPORARY = ".fase1-*.tmp"
-SAVE_SECONDS, TELL_SECONDS = 1.0, 5.0
+SAVE_SECONDS, TELL_SECONDS = 1.0, 15.0
 MAX_WARNINGS = 10
-MEGABYTE = 1 << 20
 PATIENCE_MB = 16
-"""So many megabytes in one part of the work earn it once more the time-out."""
-
-Alive = Callable[[float], None]
+"""So many decoded megabytes earn a file once more the time-out."""
 
 PENDING = 32
 """Files per worker that may wait for an earlier one that takes long."""
 
-HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "PIL.Image"]
+HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "PIL.Image", "pebble"]
 """Loaded once for all worker processes, where the system can fork."""
 
 IMPLEMENTATION_UID = "2.25.302418470214713250418632510948250124117"
 IMPLEMENTATION_NAME = "DICOM_QC_FASE1"
 SHARED_UID = "several images have one SOPInstanceUID"
 
-# --- The header: PS3.5 section 7 ----------------------------------------------------
-
-PIXEL_DATA = 0x7FE00010
-PIXEL_DATA_BYTES = b"\xe0\x7f\x10\x00"
-OFFSET_TABLES = (0x7FE00001, 0x7FE00002, 0x7FE00003)
-ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-UNDEFINED = 0xFFFFFFFF
-MAX_DEPTH = 50
-SWAP_BYTES = (
-    dict.fromkeys(("AT", "OW", "SS", "US"), 2)
-    | dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4)
-    | dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8)
-)
-NUMBER_CODES = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d"}
-FLOAT_PIXELS = {0x7FE00008, 0x7FE00009}
-CHUNK = 8 << 20
-Changes = dict[int, bytes]
-
-NOT_STILL_IMAGES = re.compile(
-    r"1\.2\.840\.10008\.1\.2\.(4\.(9[2-9]|1\d\d|20[4-9])|6\.\d+|[78]\..*)"
-)
-"""Video, JPIP, JPEG XL, JPEG 2000 part 2, XML and so on (PS3.6 table A-1)."""
-
-CODECS = {
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG" for number in range(50, 57)},
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG Lossless" for number in (57, 58, 70)},
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG-LS" for number in (80, 81)},
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG 2000" for number in (90, 91)},
-    **{f"1.2.840.10008.1.2.4.{number}": "HTJ2K" for number in (201, 202, 203)},
-    "1.2.840.10008.1.2.5": "RLE",
-}
-"""The codec that each transfer syntax promises; the codestream has the last word."""
-
-
-class Syntax(NamedTuple):
-    """How elements are encoded."""
-
-    implicit: bool
-    big_endian: bool
-
-
-EXPLICIT_LITTLE, IMPLICIT_LITTLE = Syntax(False, False), Syntax(True, False)
-
-
-class Element(NamedTuple):
-    """Where one element stands in the file."""
-
-    tag: int
-    vr: str
-    implicit: bool
-    undefined: bool
-    start: int
-    value: int
-    end: int
-    """End of the value; a sequence of undefined length has its delimiter after it."""
-    next: int
-
-
-def read_elements(
-    data: Buffer, at: int, stop: int, syntax: Syntax, depth: int = 0
-) -> tuple[list[Element], int]:
-    """The elements of one dataset or item, and where it ends."""
-    elements: list[Element] = []
-    while at < stop:
-        element = _read_element(data, at, stop, syntax, depth)
-        at = element.next
-        if element.tag == ITEM_END:
-            break
-        elements.append(element)
-    return elements, at
-
-
-def read_image(data: Buffer, encoding: Encoding) -> tuple[list[Element], int]:
-    """The elements of a file; what can't be read after the pixel data is left out."""
-    syntax, at = Syntax(encoding.implicit, encoding.big_endian), encoding.start
-    elements: list[Element] = []
-    pixels_seen = False
-    while at < len(data):
-        try:
-            element = _read_element(data, at, len(data), syntax, 0)
-        except RejectedError:
-            if pixels_seen:
-                break
-            raise
-        if pixels_seen and element.tag <= elements[-1].tag:
-            break
-        elements.append(element)
-        pixels_seen = pixels_seen or element.tag == PIXEL_DATA
-        at = element.next
-    return elements, at
-
-
-def _read_element(
-    data: Buffer, at: int, stop: int, syntax: Syntax, depth: int
-) -> Element:
-    if at + 8 > stop:
-        raise RejectedError("is truncated in the header")
-    order = ">" if syntax.big_endian else "<"
-    group, number = struct.unpack_from(order + "HH", data, at)
-    tag = group << 16 | number
-    vr, length, value = _vr_and_length(data, at, stop, syntax, tag)
-    implicit = value == at + 8 and (syntax.implicit or not vr or tag >> 16 == 0xFFFE)
-    if implicit:
-        vr = implicit_vr(tag)
-    if length == UNDEFINED and tag != ITEM_END:
-        inner = IMPLICIT_LITTLE if vr == "UN" or implicit else syntax
-        _, end, following = read_items(data, value, stop, inner, depth + 1)
-        return Element(tag, vr, implicit, True, at, value, end, following)
-    end = value + length
-    if end > stop:
-        raise RejectedError(
-            f"is truncated: ({group:04X},{number:04X}) says {length} bytes, "
-            f"{stop - value} are there"
-        )
-    return Element(tag, vr, implicit, False, at, value, end, end)
-
-
-def _vr_and_length(
-    data: Buffer, at: int, stop: int, syntax: Syntax, tag: int
-) -> tuple[str, int, int]:
-    """VR (empty where none is written), length and offset of the value."""
-    order = ">" if syntax.big_endian else "<"
-    (long_length,) = struct.unpack_from(order + "L", data, at + 4)
-    vr = bytes(data[at + 4 : at + 6]).decode("latin-1")
-    written = len(vr) == 2 and vr.isascii() and vr.isalpha() and vr.isupper()
-    if syntax.implicit or tag >> 16 == 0xFFFE or not written:
-        return "", long_length, at + 8
-    (short_length,) = struct.unpack_from(order + "H", data, at + 6)
-    if vr in utils.SHORT_VRS or (vr not in utils.LONG_VRS and short_length):
-        return vr, short_length, at + 8
-    if at + 12 > stop:
-        raise RejectedError("is truncated in the header")
-    # A VR of a later edition of the standard has the long form: PS3.5 6.2.
-    (long_length,) = struct.unpack_from(order + "L", data, at + 8)
-    return vr, long_length, at + 12
-
-
-def read_items(
-    data: Buffer, at: int, stop: int, syntax: Syntax, depth: int = 0
-) -> tuple[list[tuple[int, int]], int, int]:
-    """(start, end) of each item's content, the end of the last, and what comes next."""
-    if depth > MAX_DEPTH:
-        raise RejectedError(f"has sequences nested more than {MAX_DEPTH} deep")
-    items: list[tuple[int, int]] = []
-    order = ">" if syntax.big_endian else "<"
-    while at < stop:
-        if at + 8 > stop:
-            raise RejectedError("is truncated in a sequence")
-        group, number, length = struct.unpack_from(order + "HHL", data, at)
-        tag = group << 16 | number
-        if tag == SEQUENCE_END:
-            return items, at, at + 8
-        if tag != ITEM:
-            raise RejectedError(
-                f"has ({group:04X},{number:04X}) where an item should be"
-            )
-        end = at + 8 + length
-        if length == UNDEFINED:
-            _, end = read_elements(data, at + 8, stop, syntax, depth)
-        if end > stop:
-            raise RejectedError("is truncated: an item reaches beyond the end")
-        items.append((at + 8, end - 8 if length == UNDEFINED else end))
-        at = end
-    return items, at, at
-
-
-def implicit_vr(tag: int) -> str:
-    """VR of an element that has none written; UN is always right for private ones."""
-    if tag >> 16 & 1:
-        return "LO" if 0x10 <= tag & 0xFFFF <= 0xFF else "UN"
-    if not tag & 0xFFFF:
-        return "UL"
-    try:
-        vr = dictionary_VR(tag)
-    except KeyError:
-        return "UN"
-    return vr if len(vr) == 2 else vr.rsplit(" ", 1)[-1]
-
-
-@dataclass(frozen=True)
-class Header:
-    """One dataset or item: its elements and their values."""
-
-    data: Buffer
-    syntax: Syntax
-    elements: Mapping[int, Element]
-    signed: bool = False
-    """PixelRepresentation: decides what "US or SS" means (PS3.5 A.1)."""
-    notes: list[str] = field(default_factory=list)
-    """What had to be repaired or left out, for the manifest."""
-
-    @classmethod
-    def of(
-        cls,
-        data: Buffer,
-        syntax: Syntax,
-        elements: Iterable[Element],
-        signed: bool = False,
-    ) -> Self:
-        """Index the elements of one dataset by tag; an item inherits `signed`."""
-        header = cls(data, syntax, {element.tag: element for element in elements})
-        own = header.get("PixelRepresentation")
-        return replace(header, signed=signed if own is None else own == 1)
-
-    def get(self, keyword: str) -> Any:
-        """First value: a number for binary VRs, else text; None where there is none."""
-        element = self.elements.get(tag_for_keyword(keyword) or 0)
-        if element is None or element.undefined:
-            return None
-        raw = bytes(self.data[element.value : min(element.end, element.value + 1024)])
-        unknown = element.vr == "UN"  # little endian in every syntax: PS3.5 6.2.2
-        code = NUMBER_CODES.get(implicit_vr(element.tag) if unknown else element.vr)
-        if code is None:
-            return self._text(raw).split("\\")[0].strip("\0 ") or None
-        code = (">" if self.syntax.big_endian and not unknown else "<") + code
-        return (
-            struct.unpack_from(code, raw)[0]
-            if len(raw) >= struct.calcsize(code)
-            else None
-        )
-
-    def number(self, keyword: str) -> float | None:
-        """A finite number, or None."""
-        try:
-            value = float(self.get(keyword))
-        except (TypeError, ValueError):
-            return None
-        return value if np.isfinite(value) else None
-
-    def _text(self, raw: bytes) -> str:
-        if raw.isascii():
-            return raw.decode("ascii")
-        try:
-            charset = self.elements[0x00080005]
-            names = bytes(self.data[charset.value : charset.end]).decode("ascii")
-            encodings = convert_encodings([name.strip() for name in names.split("\\")])
-            return decode_bytes(raw, encodings, set())
-        except Exception:  # an unknown character set: pydicom raises several kinds
-            return raw.decode("latin-1")
-
-
-def encode_element(tag: int, vr: str, value: Buffer) -> bytes:
-    """An element in Explicit VR Little Endian, padded to an even length (PS3.5 7.1)."""
-    if len(value) % 2:
-        value = bytes(value) + (b" " if vr in {"CS", "LO", "SH"} else b"\0")
-    return _element_header(tag, vr, len(value)) + bytes(value)
-
-
-def _element_header(tag: int, vr: str, length: int) -> bytes:
-    start = struct.pack("<HH2s", tag >> 16, tag & 0xFFFF, vr.encode("latin-1"))
-    if vr in utils.SHORT_VRS:
-        return start + struct.pack("<H", length)
-    return start + struct.pack("<HL", 0, length)
-
-
-def rewrite(
-    header: Header, changes: Changes, pixels: Iterable[Buffer] = ()
-) -> Iterator[Buffer]:
-    """The elements in Explicit VR Little Endian; values keep their bytes.
-
-    Group lengths (PS3.5 7.2, retired) are left out, because they would be wrong.
-    `changes` has whole encoded elements that replace or join those of the file, and
-    `pixels` the pieces of a new pixel data element.
-    """
-    pending = deque(sorted(changes))
-    for element in header.elements.values():
-        while pending and pending[0] <= element.tag:
-            yield changes[pending.popleft()]
-        if pixels and element.tag == PIXEL_DATA:
-            yield from pixels
-        elif element.tag not in changes and element.tag & 0xFFFF:
-            yield from _rewrite_element(header, element)
-    yield from (changes[tag] for tag in pending)
-
-
-def _rewrite_element(header: Header, element: Element) -> Iterator[Buffer]:
-    data, syntax = header.data, header.syntax
-    value = data[element.value : element.end]
-    is_plain = syntax == EXPLICIT_LITTLE and not element.implicit
-    if is_plain and not (element.vr == "SQ" and PIXEL_DATA_BYTES in bytes(value)):
-        yield data[element.start : element.next]
-    elif element.vr == "SQ" or (
-        element.undefined and element.implicit and not element.tag >> 16 & 1
-    ):
-        content = b"".join(_rewrite_items(header, element))
-        yield _element_header(element.tag, "SQ", len(content)) + content
-    elif element.undefined:
-        # An unknown sequence stays as it is: UN, implicit VR inside (PS3.5 6.2.2).
-        yield _element_header(element.tag, "UN", UNDEFINED)
-        yield data[element.value : element.next]
-    else:
-        vr = _decided_vr(header, element)
-        if syntax.big_endian and vr in SWAP_BYTES:
-            value = swapped(value, SWAP_BYTES[vr])
-        yield encode_element(element.tag, vr, value)
-
-
-def _decided_vr(header: Header, element: Element) -> str:
-    """The VR to write, where the one that was read leaves a choice or can't be."""
-    size = element.end - element.value
-    if element.vr in utils.SHORT_VRS and size > 0xFFFE:
-        return "UN"
-    if element.implicit and element.vr in ("SS", "US"):
-        with suppress(KeyError):
-            if "US or SS" in dictionary_VR(element.tag):
-                return "SS" if header.signed else "US"
-    return element.vr
-
-
-def _rewrite_items(header: Header, sequence: Element) -> Iterator[bytes]:
-    syntax = IMPLICIT_LITTLE if sequence.implicit else header.syntax
-    items, _, _ = read_items(header.data, sequence.value, sequence.end, syntax)
-    for start, end in items:
-        elements, _ = read_elements(header.data, start, end, syntax, 1)
-        item = Header.of(header.data, syntax, elements, header.signed)
-        try:
-            changes = _decoded_icon(item)
-        except Exception:  # each decoder raises errors of its own
-            changes = {PIXEL_DATA: b""}
-            header.notes.append("an icon that can't be decoded was left out")
-        content = b"".join(rewrite(item, changes))
-        yield struct.pack("<HHL", 0xFFFE, 0xE000, len(content)) + content
-
-
-def _decoded_icon(item: Header) -> dict[int, bytes]:
-    """Changes that decode an item's compressed pixels, such as an icon image's."""
-    pixels = item.elements.get(PIXEL_DATA)
-    if pixels is None or not pixels.undefined:
-        return {}
-    layout = PixelLayout.of(item.get)
-    value = memoryview(item.data)[pixels.value : pixels.end]
-    parts = utils.compressed_frames(value, layout.frames)
-    streams = [utils.joined(one) for one in parts]
-    decoded = layout.decoded(utils.stream_facts(streams[0], layout))
-    frames = b"".join(utils.decode_stream(one, layout).tobytes() for one in streams)
-    vr = "OB" if decoded.bits_allocated <= 8 else "OW"
-    changes = layout_changes(layout, decoded)
-    return changes | {PIXEL_DATA: encode_element(PIXEL_DATA, vr, frames)}
-
-
-def swapped(value: Buffer, size: int) -> bytes:
-    """Big endian values of `size` bytes as little endian; a torn last one as it is."""
-    whole = len(value) // size * size
-    array = np.frombuffer(value[:whole], f">u{size}")
-    return array.astype(f"<u{size}").tobytes() + bytes(value[whole:])
-
-
-def layout_changes(before: PixelLayout, after: PixelLayout) -> dict[int, bytes]:
-    """The attributes that decompression changes, encoded."""
-    changes: Changes = {}
-    if after.photometric != before.photometric:
-        changes[0x00280004] = encode_element(
-            0x00280004, "CS", after.photometric.encode()
-        )
-    numbers = {
-        0x00280100: (before.bits_allocated, after.bits_allocated),
-        0x00280101: (before.bits_stored, after.bits_stored),
-        0x00280102: (before.bits_stored - 1, after.bits_stored - 1),
-    }
-    if after.samples > 1:
-        numbers[0x00280006] = (-1, 0)
-    for tag, (old, new) in numbers.items():
-        if old != new:
-            changes[tag] = encode_element(tag, "US", struct.pack("<H", new))
-    return changes | dict.fromkeys(OFFSET_TABLES, b"")
-
-
 # --- The order of exposure: PS3.5 6.2, DA, TM and DT --------------------------------
 
-TIME_SOURCES = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
+DATE_SOURCES = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
+TIME_SOURCES = ("Acquisition", "Content", "InstanceCreation", "Series", "Study")
+"""A series or study has one time for all its images: any other tells more."""
+
 DATE_FORM = re.compile(r"(\d{4})([.]?)(\d\d)\2(\d\d)")
 TIME_FORM = re.compile(r"(\d\d)(?::?(\d\d)(?::?(\d\d)(?:\.(\d*))?)?)?")
 DATETIME_FORM = re.compile(r"(\d{4}(?:\d\d){0,2})((?:\d\d){0,3}(?:\.\d*)?)([+-]\d{4})?")
 OFFSET_FORM = re.compile(r"([+-])(\d\d)(\d\d)")
+IN_UTC = ", in UTC"
 
 
 def moment_of(get: Callable[[str], Any]) -> tuple[str, str]:
     """The moment of exposure by the best attributes of a header, and which they are.
 
-    The first attribute with a valid date decides. Where its time is missing or broken,
-    another attribute of the same day lends its own; without one the day begins.
-    Moments with a known offset from UTC are given in UTC. The text is
-    YYYYMMDDTHHMMSS.ffffff, or NO_DATE.
+    The first attribute with a valid date gives the day, and the time as well if it is
+    the exposure's. Else the first time of that day, or without a date, decides; without
+    one the day begins. Moments with a known offset from UTC are given in UTC. The text
+    is YYYYMMDDTHHMMSS.ffffff, or NO_DATE.
     """
-    dates = [one for one in _candidates(get) if one[0] is not None]
-    if not dates:
+    moments = {one.source: one for one in _moments(get)}
+    dated = [moments[name] for name in ("", *DATE_SOURCES) if moments[name].date]
+    if not dated:
         return NO_DATE, ""
-    day, _, _, source = dates[0]
-    for date, of_day, offset, name in dates:
-        if date is None or of_day is None or date != day:
+    first = dated[0]
+    times = [moments[name] for name in ("", *TIME_SOURCES)]
+    if first.source not in ("Series", "Study"):
+        times.insert(0, first)
+    for one in times:
+        undated = one.date is None and one.source not in ("Series", "Study")
+        if one.clock is None or not (undated or one.date == first.date):
             continue
-        used = source if name == source else f"{source} + time of {name}"
+        used = first.name if one is first else f"{first.name} + time of {one.name}"
         with suppress(OverflowError):  # out of the calendar
-            if offset is None:
-                return _shown(date + of_day), used
-            return _shown(date + of_day - offset), f"{used}, in UTC"
-    assert day is not None
-    return _shown(day), f"{source}, no valid time"
+            if one.offset is None:
+                return _shown(first.date + one.clock), used
+            return _shown(first.date + one.clock - one.offset), used + IN_UTC
+    return _shown(first.date), f"{first.name}, no valid time"
 
 
-Candidate = tuple[datetime | None, timedelta | None, timedelta | None, str]
+@dataclass(frozen=True)
+class Moment:
+    """What one attribute, or a pair of them, says."""
+
+    source: str
+    date: Any
+    """datetime of the day, or None."""
+    clock: timedelta | None
+    offset: timedelta | None
+    """From UTC."""
+
+    @property
+    def name(self) -> str:
+        """For the manifest."""
+        return f"{self.source}Date/Time" if self.source else "AcquisitionDateTime"
 
 
-def _candidates(get: Callable[[str], Any]) -> Iterator[Candidate]:
-    """(date, time of day, offset from UTC, attribute) in order of preference."""
+def _moments(get: Callable[[str], Any]) -> Iterator[Moment]:
     offset = parse_offset(str(get("TimezoneOffsetFromUTC") or ""))
     whole = str(get("AcquisitionDateTime") or "")
     if match := DATETIME_FORM.fullmatch(whole):
-        date = parse_date(match[1] + "0101"[len(match[1]) - 4 :])
-        clock = parse_time(match[2]) if match[2] else timedelta(0)
+        day = match[1] + "0101"[len(match[1]) - 4 :]
+        clock = parse_time(match[2]) if match[2] else None
+        if not match[2] and len(match[1]) < 8:  # the year or month began
+            clock = timedelta(0)
         own = parse_offset(match[3] or "")
-        yield date, clock, offset if own is None else own, "AcquisitionDateTime"
+        yield Moment("", parse_date(day), clock, offset if own is None else own)
     else:
-        yield parse_date(whole[:8]), None, None, "AcquisitionDateTime"
-    for name in TIME_SOURCES:
+        yield Moment("", parse_date(whole[:8]), None, None)
+    for name in DATE_SOURCES:
         date = parse_date(str(get(f"{name}Date") or ""))
         clock = parse_time(str(get(f"{name}Time") or ""))
-        yield date, clock, offset, f"{name}Date/Time"
+        yield Moment(name, date, clock, offset)
 
 
 def _shown(moment: datetime) -> str:
@@ -520,12 +172,13 @@ def _shown(moment: datetime) -> str:
 
 
 def parse_date(text: str) -> datetime | None:
-    """DA: YYYYMMDD, or YYYY.MM.DD of the ACR-NEMA days."""
+    """DA: YYYYMMDD, or YYYY.MM.DD of the ACR-NEMA days; 00010101 means none."""
     match = DATE_FORM.fullmatch(text.strip())
     try:
-        return datetime(int(match[1]), int(match[3]), int(match[4])) if match else None
+        date = datetime(int(match[1]), int(match[3]), int(match[4])) if match else None
     except ValueError:
         return None
+    return None if date == datetime.min else date
 
 
 def parse_time(text: str) -> timedelta | None:
@@ -550,6 +203,148 @@ def parse_offset(text: str) -> timedelta | None:
     return offset if timedelta(hours=-12) <= offset <= timedelta(hours=14) else None
 
 
+# --- The header in Explicit VR Little Endian: PS3.5 section 7 -----------------------
+# Elements are written as they were read, without being parsed: a value that pydicom
+# has looked at is written as pydicom understands it.
+
+Raw = dict[int, RawDataElement | DataElement]
+
+OFFSET_TABLES = (0x7FE00001, 0x7FE00002, 0x7FE00003)
+SWAP_BYTES = (
+    dict.fromkeys(("AT", "OW", "SS", "US"), 2)
+    | dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4)
+    | dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8)
+)
+
+
+def raw_elements(dataset: Dataset) -> Raw:
+    """Its elements before anything is parsed of them; without group lengths (7.2)."""
+    return {
+        int(tag): dataset.get_item(tag, keep_deferred=True)
+        for tag in dataset.keys()  # noqa: SIM118 - iterating would parse them
+        if tag.element
+    }
+
+
+def raw(tag: int, vr: str, value: bytes) -> RawDataElement:
+    """An element in Explicit VR Little Endian, padded to an even length (7.1)."""
+    value += (b" " if vr in ("CS", "LO", "SH") else b"\0") * (len(value) % 2)
+    return RawDataElement(BaseTag(tag), vr, len(value), value, 0, False, True)
+
+
+def explicit(
+    elements: Raw, dataset: Dataset, signed: bool, notes: list[str]
+) -> Iterator[RawDataElement]:
+    """Elements in their order, in Explicit VR Little Endian; values keep their bytes.
+
+    `signed`, the PixelRepresentation, decides what "US or SS" means (PS3.5 A.1).
+    """
+    for tag, one in sorted(elements.items()):
+        if not isinstance(one, RawDataElement):  # a sequence of undefined length
+            yield sequence(tag, one.value, signed, notes)
+            continue
+        vr, value = one.VR or implicit_vr(tag, signed), one.value or b""
+        is_plain = one.VR and not one.is_implicit_VR and one.is_little_endian
+        if vr == "SQ" and not (is_plain and PIXELS not in value):
+            yield sequence(tag, dataset[tag].value, signed, notes)
+        elif is_plain:
+            yield one._replace(value=value)
+        else:
+            if not one.is_little_endian and vr in SWAP_BYTES:
+                value = swapped(value, SWAP_BYTES[vr])
+            yield raw(tag, vr, value)._replace(length=one.length)
+
+
+PIXELS = b"\xe0\x7f\x10\0"
+
+
+def implicit_vr(tag: int, signed: bool) -> str:
+    """VR of an element that has none written; UN is always right for private ones."""
+    if tag >> 16 & 1:
+        return "LO" if 0x10 <= tag & 0xFFFF <= 0xFF else "UN"
+    try:
+        vr = dictionary_VR(tag)
+    except KeyError:
+        return "UN"
+    if vr == "US or SS":
+        return "SS" if signed else "US"
+    return vr.rsplit(" ", 1)[-1]
+
+
+def swapped(value: bytes, size: int) -> bytes:
+    """Big endian values of `size` bytes as little endian; a torn last one as it is."""
+    whole = len(value) // size * size
+    return np.frombuffer(value[:whole], f"u{size}").byteswap().tobytes() + value[whole:]
+
+
+def sequence(
+    tag: int, items: Iterable[Dataset] | None, signed: bool, notes: list[str]
+) -> RawDataElement:
+    """A sequence with the pixels of its items, such as icon images, decoded."""
+    content = b""
+    for item in items or ():
+        elements = raw_elements(item)
+        said = utils.text(item, "PixelRepresentation")
+        is_signed = said == "1" if said else signed
+        if getattr(elements.get(PIXEL_DATA), "length", 0) == utils.UNDEFINED_LENGTH:
+            del elements[PIXEL_DATA]
+            try:
+                pixels = utils.decode(item)
+                elements |= changed(item, pixels)
+                vr = "OB" if pixels.values.itemsize == 1 else "OW"
+                elements[PIXEL_DATA] = raw(PIXEL_DATA, vr, pixels.values.tobytes())
+            except Exception:  # each decoder raises errors of its own
+                notes.append("an icon that can't be decoded was left out")
+        inner = encoded(explicit(elements, item, is_signed, notes))
+        content += struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner
+    return raw(tag, "SQ", content)
+
+
+def changed(dataset: Dataset, pixels: utils.Pixels) -> dict[int, RawDataElement]:
+    """The attributes that decompression changes, or that a reader would miss."""
+    changes = {}
+    for keyword, value in pixels.layout.attributes().items():
+        tag = tag_for_keyword(keyword) or 0
+        if utils.text(dataset, keyword) != str(value):
+            if isinstance(value, str):
+                changes[tag] = raw(tag, "CS", value.encode())
+            else:
+                changes[tag] = raw(tag, "US", struct.pack("<H", value))
+    for group, data in pixels.overlays.items():
+        at = group << 16
+        changes[at | 0x0100] = raw(at | 0x0100, "US", struct.pack("<H", 1))
+        changes[at | 0x0102] = raw(at | 0x0102, "US", struct.pack("<H", 0))
+        changes[at | 0x3000] = raw(at | 0x3000, "OW", data)
+    return changes
+
+
+def encoded(elements: Iterable[RawDataElement]) -> bytes:
+    """Elements as they stand in a file."""
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    for one in elements:
+        write_data_element(buffer, one)
+    return buffer.getvalue()
+
+
+def file_meta(dataset: Dataset, uids: Sequence[str]) -> bytes:
+    """Preamble and file meta group (PS3.10 7.1); who sent the file is kept."""
+    old, meta = dataset.file_meta, FileMetaDataset()
+    meta.FileMetaInformationGroupLength = 0  # pydicom counts
+    meta.FileMetaInformationVersion = b"\0\1"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = map(UID, uids)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_NAME
+    for tag in (0x00020016, 0x00020017, 0x00020018):
+        if tag in old:
+            meta[tag] = old[tag]
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    write_file_meta_info(buffer, meta, enforce_standard=False)
+    return b"\0" * 128 + b"DICM" + buffer.getvalue()
+
+
 # --- One file: read, decode, write --------------------------------------------------
 
 Facts = tuple[int, int, int]
@@ -567,11 +362,12 @@ class Task:
     source: Path
     temporary: Path
     limit_mb: int
+    timeout_s: float = 60.0
     facts: Facts = (-1, -1, -1)
     """Before it is read: a later change is seen next time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What became of a file; what a worker process sends back."""
 
@@ -582,288 +378,176 @@ class Outcome:
     disk_failed: bool = False
     """The output can't be written: no reason to go on."""
     identity: str = ""
-    """SOPInstanceUID, or the digest of the output where there is none."""
+    """SOPInstanceUID, or the digest of the stored values where there is none."""
     name: str = ""
-    number: int = 0
-    record: Mapping[str, str] = field(default_factory=dict)
+    record: dict[str, str] = field(default_factory=dict)
+    """For the lists: of a file that was left out, what it is."""
 
 
 class _DiskError(Exception):
     """The output can't be written."""
 
 
-def convert(task: Task, alive: Alive) -> Outcome:
-    """Decode one file into a temporary file beside its destination.
-
-    `alive` is called before every part of the work with the megabytes it has.
-    """
+def convert(task: Task) -> Outcome:
+    """Decode one file into a temporary file beside its destination."""
+    outcome = Outcome()
     try:
-        return _convert(task, alive)
+        _convert(task, outcome)
     except RejectedError as error:
-        return Outcome(str(error))
+        outcome.reason = str(error)
     except MemoryError:
-        return Outcome("needs more memory than there is", may_pass=True)
+        outcome.reason, outcome.may_pass = "needs more memory than there is", True
     except _DiskError as error:
-        return Outcome(str(error), disk_failed=True)
+        outcome.reason, outcome.disk_failed = str(error), True
     except OSError as error:
-        return Outcome(f"can't be read: {error.strerror}", may_pass=True)
+        outcome.reason, outcome.may_pass = f"can't be read: {error.strerror}", True
+        if sys.platform == "win32" and len(str(task.source)) > 259:
+            outcome.reason += " (its path is longer than 259 characters)"
     except Exception as error:  # each decoder raises errors of its own
-        return Outcome(f"can't be decoded: {type(error).__name__}: {error}")
+        outcome.reason = f"can't be decoded: {type(error).__name__}: {error}"
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return outcome
 
 
-def _convert(task: Task, alive: Alive) -> Outcome:
-    alive(task.source.stat().st_size / MEGABYTE)
-    data, encoding = utils.open_dicom(task.source, task.limit_mb)
-    image = Image.read(data, encoding, task.limit_mb)
-    chunks = image.chunks(alive)
-    first = next(chunks)  # decodes a frame before the disk is touched
+UIDS = ("SOPClassUID", "SOPInstanceUID")
+ABOUT = {
+    "modality": "Modality",
+    "sop_class": "SOPClassUID",
+    "series_description": "SeriesDescription",
+}
+"""What is known of a file that was left out."""
+
+
+def _convert(task: Task, outcome: Outcome) -> None:
+    give_up_after(task.timeout_s, task.source.stat().st_size)
+    dataset = utils.read_dicom(task.source, task.limit_mb)
+    elements, notes = raw_elements(dataset), list(dataset.notes)
+    outcome.record = {key: clean(utils.text(dataset, ABOUT[key])) for key in ABOUT}
+    outcome.record["sop_class"] = UID(outcome.record["sop_class"]).name
+    if PIXEL_DATA not in elements:
+        raise RejectedError(f"holds no image{kind_of(dataset, outcome.record)}")
+    give_up_after(task.timeout_s, utils.PixelLayout.of(dataset).size)
+    pixels = utils.decode(dataset, task.limit_mb)
+    notes += pixels.notes
+    for tag in (PIXEL_DATA, *OFFSET_TABLES):
+        elements.pop(tag, None)
+    elements |= changed(dataset, pixels)
+    uids = sop_uids(dataset, notes)
+    header = list(explicit(elements, dataset, pixels.layout.signed, notes))
     try:
-        with task.temporary.open("wb") as file:
-            for chunk in itertools.chain([first], chunks):
-                file.write(chunk)
-            file.flush()
-            alive(image.layout.size / MEGABYTE)
-            os.fsync(file.fileno())
-        return image.outcome(task.temporary)
+        write(task.temporary, file_meta(dataset, uids), header, pixels.values)
     except OSError as error:
         raise _DiskError(error.strerror or error) from None
+    if notes:
+        read_back(task.temporary, pixels)
+    uid = clean(uids[1])
+    outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
+    outcome.record = record_of(dataset, pixels, uid, notes)
+    outcome.name = output_name(outcome.record, outcome.identity)
 
 
-@dataclass
-class Image:
-    """One image file on its way."""
-
-    encoding: Encoding
-    header: Header
-    pixels: Element
-    layout: PixelLayout
-    decoder: str = "none needed"
-
-    @classmethod
-    def read(cls, data: Buffer, encoding: Encoding, limit_mb: int) -> Self:
-        """Find the pixels, and refuse what can't or mustn't be decoded."""
-        elements, end = read_image(data, encoding)
-        syntax = Syntax(encoding.implicit, encoding.big_endian)
-        header = Header.of(data, syntax, elements)
-        header.notes.extend(encoding.notes)
-        header.notes.extend(_meta_differences(header, encoding))
-        pixels = header.elements.get(PIXEL_DATA)
-        uid = UID(encoding.transfer_syntax)
-        if pixels is None:
-            raise RejectedError(f"holds no image{_kind(header)}")
-        if NOT_STILL_IMAGES.fullmatch(uid):
-            raise RejectedError(f"{uid.name} is not for this program")
-        layout = PixelLayout.of(header.get)
-        if layout.size > min(limit_mb << 20, UNDEFINED - 1):
-            size_mb = layout.size >> 20
-            raise RejectedError(f"would decode to {size_mb} MB: see --max-image-mb")
-        if len(data) - end > 1:
-            header.notes.append(f"{len(data) - end} bytes after the dataset left out")
-        return cls(encoding, header, pixels, layout)
-
-    def chunks(self, alive: Alive) -> Iterator[Buffer]:
-        """The output file, piece by piece."""
-        alive(self.layout.size / MEGABYTE)
-        value = memoryview(self.header.data)[self.pixels.value : self.pixels.end]
-        if self.pixels.undefined or self._is_wrapped(value):
-            frames, changes, size = self._decoded(value)
-        else:
-            frames, changes, size = self._native(value)
-        first = next(frames)  # it may change the layout, or be refused
-
-        def pixel_element() -> Iterator[Buffer]:
-            vr = "OB" if self.layout.bits_allocated <= 8 else "OW"
-            yield _element_header(PIXEL_DATA, vr, size + size % 2)
-            for frame in itertools.chain([first], frames):
-                alive(len(frame) / MEGABYTE)
-                yield frame
-            yield b"\0" * (size % 2)
-
-        yield file_meta(self.header, self.encoding)
-        yield from rewrite(self.header, changes, pixel_element())
-
-    def _is_wrapped(self, value: memoryview) -> bool:
-        """Some writers give fragments a length, which PS3.5 A.4 leaves undefined."""
-        syntax = UID(self.encoding.transfer_syntax)
-        says_so = syntax.is_transfer_syntax and syntax.is_encapsulated
-        return says_so and bytes(value[:4]) == b"\xfe\xff\x00\xe0"
-
-    def _native(self, value: memoryview) -> tuple[Iterator[Buffer], Changes, int]:
-        syntax = UID(self.encoding.transfer_syntax)
-        if not syntax.is_transfer_syntax:  # some have another byte order
-            raise RejectedError(f"has an unknown transfer syntax: {clean(syntax)}")
-        if len(value) < self.layout.size:
-            raise RejectedError(
-                f"is truncated: {len(value)} of {self.layout.size} bytes of pixels"
-            )
-        if self.encoding.big_endian:
-            bits = self.layout.bits_allocated
-            words = 2 if bits <= 8 and self.pixels.vr == "OW" else max(1, bits // 8)
-            if words > 2 and self.pixels.vr == "OW":
-                self.header.notes.append(f"bytes were swapped in words of {bits} bits")
-            value = memoryview(swapped(value, words))
-        if syntax.is_compressed:
-            self.header.notes.append("said compressed, is not")
-        chunks = (value[at : at + CHUNK] for at in range(0, len(value), CHUNK))
-        return chunks, self._missing(), len(value)
-
-    def _decoded(self, value: memoryview) -> tuple[Iterator[Buffer], Changes, int]:
-        parts = utils.compressed_frames(value, self.layout.frames)
-        streams = map(utils.joined, parts)
-        first = next(streams)
-        facts = utils.stream_facts(first, self.layout)
-        codec = facts.codec
-        syntax = UID(self.encoding.transfer_syntax)
-        if codec not in CODECS.get(syntax, codec):
-            self.header.notes.append(f"said {syntax.name}, is {codec}")
-        before, self.layout = self.layout, self.layout.decoded(facts)
-        self.decoder = f"imagecodecs, {codec}"
-        frames: Iterable[Buffer] = (
-            self._decode(one, before) for one in itertools.chain([first], streams)
-        )
-        if self.layout.bits_stored > before.bits_stored:
-            # Many writers say 16 bits for 12; the header is wrong if they are used.
-            frames = list(frames)
-            if all(fits(one, before) for one in frames):
-                self.layout = replace(self.layout, bits_stored=before.bits_stored)
-        changes = layout_changes(before, self.layout)
-        if before.bits_stored != self.layout.bits_stored:
-            stored = f"{before.bits_stored} -> {self.layout.bits_stored}"
-            self.header.notes.append(f"bits stored {stored}, as in the codestream")
-        return iter(frames), self._missing() | changes, self.layout.size
-
-    def _decode(self, stream: Buffer, layout: PixelLayout) -> Buffer:
-        """One frame. No other decoder is asked for what imagecodecs refuses.
-
-        Of damaged streams, GDCM and pylibjpeg make images that nobody took.
-        """
-        pixels = utils.decode_stream(stream, layout)
-        if pixels.nbytes * self.layout.frames != self.layout.size:
-            raise RejectedError("has frames of different sizes")
-        return np.ascontiguousarray(pixels).data.cast("B")
-
-    def _missing(self) -> Changes:
-        """Attributes that a reader needs and the file lacks."""
-        changes: Changes = {}
-        if self.header.get("PhotometricInterpretation") is None:
-            text = "RGB" if self.layout.samples == 3 else "MONOCHROME2"
-            changes[0x00280004] = encode_element(0x00280004, "CS", text.encode())
-            self.header.notes.append(f"had no photometric interpretation: {text}")
-        if self.header.get("SamplesPerPixel") is None:
-            value = struct.pack("<H", self.layout.samples)
-            changes[0x00280002] = encode_element(0x00280002, "US", value)
-        return changes
-
-    def outcome(self, temporary: Path) -> Outcome:
-        """What the parent process must know, when the output is written."""
-        header = self.header
-        in_meta = utils.meta_uid(self.encoding.meta, 0x00020003)
-        uid = clean(header.get("SOPInstanceUID") or in_meta)
-        identity = uid or f"sha256:{content_digest(temporary)}"
-        timestamp, time_source = moment_of(header.get)
-        mas, micro = header.number("Exposure"), header.number("ExposureInuAs")
-        if micro is not None:  # Exposure holds whole mAs only: 1.7 stands as 1
-            mas = micro / 1000
-        record = {
-            "timestamp": timestamp,
-            "time_source": time_source,
-            "sop_instance_uid": uid,
-            "transfer_syntax": UID(self.encoding.transfer_syntax).name,
-            "modality": clean(header.get("Modality") or ""),
-            "manufacturer": clean(header.get("Manufacturer") or ""),
-            "detector": clean(header.get("DetectorID") or ""),
-            "kvp": shown_number(header.number("KVP")),
-            "mas": shown_number(mas),
-            "exposure_index": shown_number(header.number("ExposureIndex")),
-            "rows": str(self.layout.rows),
-            "columns": str(self.layout.columns),
-            "bits": str(self.layout.bits_stored),
-            "frames": str(self.layout.frames),
-            "decoder": self.decoder,
-            "notes": "; ".join(dict.fromkeys(header.notes)),
-        }
-        instance = header.number("InstanceNumber")
-        return Outcome(
-            identity=identity,
-            name=output_name(record, identity),
-            number=sys.maxsize if instance is None else int(instance),
-            record=record,
-        )
-
-
-def shown_number(value: float | None) -> str:
-    """A number without needless digits; nothing for None."""
-    return "" if value is None else f"{value:.6g}"
-
-
-def fits(frame: Buffer, layout: PixelLayout) -> bool:
-    """Whether no sample of a frame needs more than bits_stored."""
-    size = layout.bits_allocated // 8
-    samples = np.frombuffer(frame, f"<{'i' if layout.signed else 'u'}{size}")
-    low = -(1 << layout.bits_stored - 1) if layout.signed else 0
-    high = low + (1 << layout.bits_stored)
-    return bool(low <= samples.min() and samples.max() < high)
-
-
-def _kind(header: Header) -> str:
+def kind_of(dataset: Dataset, about: Mapping[str, str]) -> str:
     """What a DICOM file without pixels is, as far as it says."""
-    names = {
-        clean(header.get("Modality") or ""),
-        UID(str(header.get("SOPClassUID") or "")).name,
+    names = sorted({about["modality"], about["sop_class"]} - {""})
+    if "DirectoryRecordSequence" in dataset:
+        names = ["a DICOMDIR"]
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+        names = ["floating point pixels"]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def sop_uids(dataset: Dataset, notes: list[str]) -> list[str]:
+    """SOP class and instance, of the dataset or else of its file meta group."""
+    uids = []
+    for keyword in UIDS:
+        ours = utils.text(dataset, keyword)
+        theirs = utils.text(dataset.file_meta, f"MediaStorage{keyword}")
+        if ours and ours != theirs and "had no file meta group" not in notes:
+            what = "another" if theirs else "no"
+            notes.append(f"its file meta group had {what} {keyword}")
+        uids.append(ours or theirs)
+    return uids
+
+
+def write(
+    path: Path, meta: bytes, header: Sequence[RawDataElement], values: Any
+) -> None:
+    """Write the file; the pixels go to the disk from where they are."""
+    vr = b"OB" if values.itemsize == 1 else b"OW"
+    size = values.nbytes + values.nbytes % 2
+    with path.open("wb") as file:
+        file.write(meta)
+        file.write(encoded(one for one in header if one.tag < PIXEL_DATA))
+        file.write(struct.pack("<HH2sHL", 0x7FE0, 0x0010, vr, 0, size))
+        file.write(np.ascontiguousarray(values).data.cast("B"))
+        file.write(b"\0" * (values.nbytes % 2))
+        file.write(encoded(one for one in header if one.tag > PIXEL_DATA))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_back(path: Path, pixels: utils.Pixels) -> None:
+    """See that a header that had to be mended can be read, and says the same."""
+    dataset = utils.read_dicom(path)
+    layout, size = utils.PixelLayout.of(dataset), len(dataset[PIXEL_DATA].value)
+    if dataset.notes or layout != pixels.layout or size - pixels.values.nbytes > 1:
+        raise RejectedError("is so damaged that what is written of it can't be read")
+
+
+def record_of(
+    dataset: Dataset, pixels: utils.Pixels, uid: str, notes: list[str]
+) -> dict[str, str]:
+    """What the manifest says of an image."""
+
+    def get(keyword: str) -> str:
+        return utils.text(dataset, keyword)
+
+    def number(keyword: str, per: float = 1) -> str:
+        value = utils.number(utils.text(dataset, keyword))
+        return "" if value is None else f"{value / per:.6g}"
+
+    timestamp, time_source = moment_of(lambda one: utils.text(dataset, one))
+    layout = pixels.layout
+    record = {
+        "timestamp": timestamp,
+        "time_source": time_source,
+        "sop_instance_uid": uid,
+        "transfer_syntax": UID(dataset.file_meta.TransferSyntaxUID).name,
+        "modality": get("Modality"),
+        "manufacturer": get("Manufacturer"),
+        "detector": get("DetectorID"),
+        "kvp": number("KVP"),
+        # Exposure holds whole mAs only: 1.7 stands as 1.
+        "mas": number("ExposureInuAs", 1000) or number("Exposure"),
+        "exposure_index": number("ExposureIndex"),
+        "rows": str(layout.rows),
+        "columns": str(layout.columns),
+        "bits": str(layout.bits_stored),
+        "frames": str(layout.frames),
+        "decoder": f"imagecodecs, {pixels.codec}" if pixels.codec else "none needed",
+        "presentation_intent": get("PresentationIntentType"),
+        "notes": "; ".join(dict.fromkeys(notes)),
+        "instance": number("InstanceNumber"),
     }
-    if 0x00041220 in header.elements:
-        names = {"a DICOMDIR"}
-    if FLOAT_PIXELS & header.elements.keys():
-        names = {"floating point pixels"}
-    named = ", ".join(sorted(filter(None, names)))
-    return f" ({named})" if named else ""
+    return {key: clean(value) for key, value in record.items()}
 
 
 def clean(text: object) -> str:
     """DICOM text fit for a terminal and a spreadsheet: one line, no formula."""
-    line = "".join(one if one.isprintable() else " " for one in str(text)).strip()[:200]
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    line = "".join(one if one.isprintable() else " " for one in str(text)).strip()
+    return f"'{line[:500]}" if line.startswith(("=", "+", "-", "@")) else line[:500]
 
 
 def output_name(record: Mapping[str, str], identity: str) -> str:
-    """Name that sorts by time, is safe on every system, and is never another's."""
-    parts = [record["detector"]]
-    labels = {"KVP": "kvp", "mAs": "mas", "IE": "exposure_index"}
-    parts += [label + record[key] for label, key in labels.items() if record[key]]
+    """Name that sorts as the list does, is safe everywhere, and is never another's."""
+    labels = {"detector": "", "kvp": "KVP", "mas": "mAs", "exposure_index": "IE"}
+    parts = [label + record[key] for key, label in labels.items() if record[key]]
+    if record["instance"].isdecimal():
+        parts.insert(0, f"{int(record['instance']):05d}")
     safe = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.")[:40] for part in parts]
     digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:12]
     return "_".join([record["timestamp"], *filter(None, safe), digest]) + ".dcm"
-
-
-META_UIDS = {0x00020002: "SOPClassUID", 0x00020003: "SOPInstanceUID"}
-
-
-def _meta_differences(header: Header, encoding: Encoding) -> Iterator[str]:
-    """Where the file meta group and the dataset don't say the same."""
-    for tag, keyword in META_UIDS.items() if encoding.meta else ():
-        ours = str(header.get(keyword) or "")
-        theirs = utils.meta_uid(encoding.meta, tag)
-        if ours and ours != theirs:
-            yield f"its file meta group had {'another' if theirs else 'no'} {keyword}"
-
-
-def file_meta(header: Header, encoding: Encoding) -> bytes:
-    """Preamble and file meta group (PS3.10 7.1); who sent the file is kept."""
-    elements = {
-        0x00020001: ("OB", b"\0\1"),
-        0x00020010: ("UI", ExplicitVRLittleEndian.encode()),
-        0x00020012: ("UI", IMPLEMENTATION_UID.encode()),
-        0x00020013: ("SH", IMPLEMENTATION_NAME.encode()),
-    }
-    for tag, keyword in META_UIDS.items():
-        uid = str(header.get(keyword) or "").encode() or encoding.meta.get(tag, b"")
-        elements[tag] = ("UI", uid)
-    for tag in (0x00020016, 0x00020017, 0x00020018):
-        if encoding.meta.get(tag):
-            elements[tag] = ("AE", encoding.meta[tag])
-    group = b"".join(encode_element(tag, *elements[tag]) for tag in sorted(elements))
-    length = encode_element(0x00020000, "UL", struct.pack("<L", len(group)))
-    return b"\0" * 128 + b"DICM" + length + group
 
 
 def content_digest(path: Path) -> str:
@@ -878,97 +562,92 @@ def content_digest(path: Path) -> str:
 # --- Workers: decoders may crash or hang, and take only their process with them -----
 
 
-class _Worker(NamedTuple):
-    process: multiprocessing.process.BaseProcess
-    connection: Connection
+def convert_all(
+    tasks: Iterator[Task], jobs: int, do: Callable[[Task], Outcome] = convert
+) -> Generator[tuple[Task, Outcome], None, None]:
+    """Convert every file in worker processes; the outcomes come in the tasks' order."""
+    first = list(itertools.islice(tasks, jobs))
+    if not first:
+        return
+    pending: deque[tuple[Task, ProcessFuture[Outcome]]] = deque()
+    with children_without_interrupts():
+        pool = ProcessPool(len(first), initializer=start_worker, context=_context())
+        pool.schedule(os.getpid)  # starts the processes and their threads
+    try:
+        for task in itertools.chain(first, tasks):
+            pending.append((task, pool.schedule(do, (task,))))
+            while pending[0][1].done() or len(pending) >= PENDING * len(first):
+                done, future = pending.popleft()
+                yield done, outcome_of(future, done.timeout_s)
+                if not pending:
+                    break
+        while pending:
+            done, future = pending.popleft()
+            yield done, outcome_of(future, done.timeout_s)
+    finally:
+        pool.stop()  # type: ignore[no-untyped-call]
+        pool.join()
 
 
-class Crew:
-    """Processes that convert files, each with a thread that waits for it.
-
-    Each has a watchdog that ends it when it shows no sign of life for `timeout_s`,
-    whatever its decoder is doing, and whether or not its parent is still there.
-    A large frame is given more time: see PATIENCE_MB.
-    """
-
-    def __init__(
-        self, do: Callable[[Task, Alive], Outcome], size: int, timeout_s: float
-    ) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        kind = "forkserver" if "forkserver" in methods else "spawn"
-        self._context: Any = multiprocessing.get_context(kind)
-        if kind == "forkserver":
-            self._context.set_forkserver_preload(HEAVY_IMPORTS)
-        self._do, self._size, self._timeout_s = do, size, timeout_s
-        self._hired: list[_Worker] = []
-        self._idle: list[_Worker] = []
-
-    def do_all(
-        self, tasks: Iterable[Task]
-    ) -> Generator[tuple[Task, Outcome], None, None]:
-        """Convert every file; the outcomes come in the order of the tasks."""
-        pending: deque[tuple[Task, Future[Outcome]]] = deque()
-        threads = ThreadPoolExecutor(self._size)
+def outcome_of(future: "ProcessFuture[Outcome]", timeout_s: float) -> Outcome:
+    """Wait for a file; a worker that died on it has been replaced."""
+    while True:
         try:
-            for task in tasks:
-                pending.append((task, threads.submit(self._do_one, task)))
-                while pending and (
-                    pending[0][1].done() or len(pending) >= PENDING * self._size
-                ):
-                    done, outcome = pending.popleft()
-                    yield done, outcome.result()
-            while pending:
-                done, outcome = pending.popleft()
-                yield done, outcome.result()
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-            self._end()
-            threads.shutdown()
-            self._end()  # whoever was hired in between
+            return future.result(timeout=0.5)  # else Windows would not hear Ctrl-C
+        except ProcessExpired as end:
+            reason = f"the decoder crashed on it (exit code {end.exitcode})"
+            if end.exitcode == 1:  # of faulthandler
+                reason = f"given up: it took more than {timeout_s:g} s and its share"
+            return Outcome(reason, may_pass=True)
+        except TimeoutError:
+            continue
 
-    def _do_one(self, task: Task) -> Outcome:
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            worker = self._hire()
-        try:
-            worker.connection.send(task)
-            outcome: Outcome = worker.connection.recv()
-        except (EOFError, OSError):
-            return Outcome(self._cause_of_death(worker), may_pass=True)
-        self._idle.append(worker)
-        return outcome
 
-    def _hire(self) -> _Worker:
-        here, there = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve, args=(self._do, self._timeout_s, there), daemon=True
-        )
-        with _no_interrupts():
-            process.start()
-        there.close()
-        self._hired.append(_Worker(process, here))
-        return self._hired[-1]
+def give_up_after(timeout_s: float, size: float) -> None:
+    """End this process if it is not told otherwise in time, whatever a decoder does."""
+    seconds = timeout_s * (1 + size / (PATIENCE_MB << 20))
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
-    def _cause_of_death(self, worker: _Worker) -> str:
-        self._hired.remove(worker)
-        worker.connection.close()
-        worker.process.join(5)
-        if worker.process.exitcode == 1:
-            return f"given up after {self._timeout_s:g} s without a sign of life"
-        return f"the decoder crashed on it (exit code {worker.process.exitcode})"
 
-    def _end(self) -> None:
-        for worker in list(self._hired):
-            worker.process.kill()
-            worker.process.join()
+def start_worker() -> None:
+    """What a worker does first. Its decoders may shout: nobody listens."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)
+
+
+def _context() -> Any:
+    methods = multiprocessing.get_all_start_methods()
+    kind = "forkserver" if "forkserver" in methods else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(HEAVY_IMPORTS)
+    return context
 
 
 @contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Children born in here ignore Ctrl-C: ending them is their parent's business."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
+def children_without_interrupts() -> Iterator[None]:
+    """Children born in here never hear Ctrl-C: ending them is their parent's business.
+
+    Also while they start, when Python would answer with a traceback.
+    """
+    if sys.platform == "win32":
+        import ctypes  # noqa: PLC0415 - nothing else needs it
+
+        ignore = ctypes.windll.kernel32.SetConsoleCtrlHandler  # is inherited
+        ignore(None, True)
+        try:
+            yield
+        finally:
+            ignore(None, False)
         return
     # Started by the first process, it would let interrupts through to its children.
     resource_tracker.ensure_running()
@@ -979,68 +658,15 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(
-    do: Callable[[Task, Alive], Outcome], timeout_s: float, connection: Connection
-) -> None:
-    """What a worker process runs. Its decoders may shout: nobody listens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(os.devnull, "w") as silence:  # noqa: PTH123
-        os.dup2(silence.fileno(), 1)
-        os.dup2(silence.fileno(), 2)
-
-        def alive(megabytes: float) -> None:
-            seconds = timeout_s * (1 + megabytes / PATIENCE_MB)
-            faulthandler.dump_traceback_later(seconds, exit=True, file=silence)
-
-        while True:
-            try:
-                task = connection.recv()
-                alive(0)
-                connection.send(do(task, alive))
-            except (EOFError, OSError):  # the parent is gone
-                return
-            faulthandler.cancel_dump_traceback_later()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, whatever its decoder is doing."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(0)
-
-
 # --- What was done before -----------------------------------------------------------
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS sources (
-    path BLOB PRIMARY KEY, size INT, mtime INT, ctime INT, run INT,
-    output TEXT, reason TEXT, knobs TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS outputs (
-    name TEXT PRIMARY KEY, identity TEXT, source BLOB,
-    moment TEXT, number INT, record TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS labelled (path BLOB, name TEXT, identity TEXT);
-CREATE TABLE IF NOT EXISTS renamed (path BLOB PRIMARY KEY, output TEXT) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS outputs_identity ON outputs (identity);
-CREATE INDEX IF NOT EXISTS sources_output ON sources (output);
-CREATE INDEX IF NOT EXISTS labelled_identity ON labelled (identity);
-CREATE INDEX IF NOT EXISTS labelled_name ON labelled (name);
-CREATE INDEX IF NOT EXISTS renamed_output ON renamed (output);
-DELETE FROM labelled
-"""
-"""`knobs` of a rejection: while they are the same, so is the reason; may be empty.
 
-`renamed` says which output a labelled file was, where neither name nor UID tell.
-"""
-
-SCHEMA_VERSION = 3
-
-
-class Ledger:
+class State:
     """What phase 1 knows of sources, outputs and labelled files, kept in STATE.
 
-    Used as a context manager; only one process can have it open.
+    The journal has a record "source/PATH" per file of the input (its facts, and the
+    name of its output, or the reason why there is none and the `knobs` under which that
+    reason holds) and "output/NAME" per output (identity, source, manifest record).
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -1049,64 +675,22 @@ class Ledger:
         self.labelled_dir = cfg.folder("labelled_dir")
         self.counts: Counter[str] = Counter()
         self._knobs = f"{config.PROGRAM_VERSION} {cfg.max_image_mb}"
-
-    def __enter__(self) -> Self:
-        try:
-            self._open()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:  # damaged, or another's: all is found out again
-            self._database.close()
-            (self.folder / STATE).unlink()
-            self._open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with closing(self._database):
-            if self._database.in_transaction:
-                self._database.execute("COMMIT")
-
-    def _open(self) -> None:
-        self._database = sqlite3.connect(
-            self.folder / STATE, timeout=1, isolation_level=None
-        )
-        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._database.execute("BEGIN EXCLUSIVE")
-        is_new = not self._one("SELECT count(*) FROM sqlite_master")
-        if not is_new and self._one("PRAGMA user_version") != SCHEMA_VERSION:
-            raise sqlite3.DatabaseError("of another version")
-        for statement in SCHEMA.split(";"):
-            self._database.execute(statement)
-        self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if self._one("PRAGMA quick_check(1)") != "ok" or self._one(
-            "SELECT count(*) FROM outputs WHERE NOT json_valid(record)"
-        ):
-            raise sqlite3.DatabaseError("damaged")
-        self._run = self._one("SELECT 1 + coalesce(max(run), 0) FROM sources")
-        self._saved = time.monotonic()
-
-    def _do(self, statement: str, *values: object) -> sqlite3.Cursor:
-        return self._database.execute(statement, values)
-
-    def _one(self, statement: str, *values: object) -> Any:
-        row = self._do(statement, *values).fetchone()
-        return row[0] if row else None
-
-    def _save_sometimes(self) -> None:
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self._do("COMMIT")
-            self._do("BEGIN EXCLUSIVE")
-            self._saved = time.monotonic()
+        self._journal = utils.Journal(self.folder / STATE, SAVE_SECONDS)
+        self.outputs: dict[str, dict[str, Any]] = {}
+        for key, one in self._journal.items():
+            if key.startswith("output/") and {"identity", "source", "record"} <= {*one}:
+                self.outputs[key.removeprefix("output/")] = one
+        self._labelled: dict[str, list[Path]] = {}
+        self._labelled_names: set[str] = set()
+        self._rejected: set[str] = set()
+        self._settled: set[str] = set()
+        for path in self.folder.glob(TEMPORARY):  # what a killed run left unfinished
+            utils.remove_file(path)
+        self._read_labelled()
 
     # What is there
 
-    def sweep(self) -> None:
-        """Remove what a killed run left unfinished."""
-        for path in self.folder.glob(TEMPORARY):
-            path.unlink(missing_ok=True)
-
-    def read_labelled(self) -> None:
-        """Learn which images stand in the class folders."""
+    def _read_labelled(self) -> None:
         for path in utils.find_files(self.labelled_dir, self._not_labelled):
             try:
                 identity = identity_of(path)
@@ -1115,9 +699,8 @@ class Ledger:
             except OSError as error:
                 self._not_labelled(path, f"can't be read: {error.strerror}")
                 continue
-            name = os.fsencode(path.name).decode("latin-1")
-            values = os.fsencode(path), name, identity
-            self._do("INSERT INTO labelled VALUES (?, ?, ?)", *values)
+            self._labelled.setdefault(identity, []).append(path)
+            self._labelled_names.add(path.name)
 
     def _not_labelled(self, path: Path, reason: str) -> None:
         """Images that are there unseen would be written a second time."""
@@ -1125,65 +708,70 @@ class Ledger:
             raise PipelineError(f"{path}: {reason}: phase 1 must see what is labelled")
         log.warning("warning: %s: %s; it doesn't count as labelled", path, reason)
 
+    @cached_property
+    def _strangers(self) -> dict[str, list[Path]]:
+        """Outputs without a record, by identity: of an older version, or state lost."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted(self.folder.glob("*.dcm")):
+            if path.name not in self.outputs:
+                found.setdefault(identity_of(path), []).append(path)
+        return found
+
+    @cached_property
+    def _of_identity(self) -> Counter[str]:
+        return Counter(one["identity"] for one in self.outputs.values())
+
     def is_done(self, source: Path, facts: Facts) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
-        row = self._do(
-            "UPDATE sources SET run = ? WHERE path = ? AND size = ? AND mtime = ?"
-            " AND ctime = ? AND (reason = '' OR knobs = ?) RETURNING output, reason",
-            *(self._run, self._key(source), *facts, self._knobs),
-        ).fetchone()
-        self._save_sometimes()
-        if row is None or not (row[1] or self._is_there(row[0])):
+        key = self._key(source)
+        known = self._journal.get(f"source/{key}") or {}
+        if tuple(known.get("facts", ())) != facts:
             return False
-        self.counts["rejected" if row[1] else "known"] += 1
+        if known.get("reason"):
+            if known["knobs"] != self._knobs:
+                return False
+            self._rejected.add(key)
+        elif not self._is_there(known.get("output", "")):
+            return False
+        self.counts["rejected" if known.get("reason") else "known"] += 1
         return True
 
-    def _is_there(self, output: str) -> bool:
-        """In f1_descomprimidos, or labelled: by name, as the only one with its UID,
-        or renamed after its content had been compared.
-        """
-        if os.path.exists(f"{self.folder}/{output}"):  # noqa: PTH110 - 5 times as fast
-            return True
-        return bool(
-            self._one(
-                "SELECT 1 FROM labelled WHERE name = ?1 OR identity = ("
-                " SELECT max(identity) FROM outputs WHERE identity = ("
-                "  SELECT identity FROM outputs WHERE name = ?1) HAVING count(*) = 1)"
-                " UNION SELECT 1 FROM labelled JOIN renamed USING (path)"
-                "  WHERE output = ?1 AND identity = ("
-                "   SELECT identity FROM outputs WHERE name = ?1)",
-                output,
-            )
+    def _is_there(self, name: str) -> bool:
+        """In f1_descomprimidos, or labelled: by name, or as the only one of its UID."""
+        if name not in self.outputs:
+            return False
+        identity = self.outputs[name]["identity"]
+        return (
+            os.path.exists(f"{self.folder}/{name}")  # noqa: PTH110 - 5 times as fast
+            or name in self._labelled_names
+            or name in self._settled
+            or (identity in self._labelled and self._of_identity[identity] == 1)
         )
 
-    def _key(self, source: Path) -> bytes:
-        return os.fsencode(source.relative_to(self.source_dir).as_posix())
+    def _key(self, source: Path) -> str:
+        return source.relative_to(self.source_dir).as_posix()
 
     # What happens
 
     def reject(
-        self,
-        source: Path,
-        reason: str,
-        facts: Facts = (-1, -1, -1),
-        knobs: str = "",
+        self, source: Path, reason: str, facts: Facts = (-1, -1, -1), **more: Any
     ) -> None:
         """Record why a file has no output; without `knobs` it is tried again."""
         log.debug("%s: %s", clean(source), reason)
         self.counts["rejected"] += 1
-        self._record(source, facts, "", clean(reason), knobs)
+        key = self._key(source)
+        self._rejected.add(key)
+        more = {"knobs": "", "record": {}} | more
+        self._add(f"source/{key}", facts=[*facts], reason=clean(reason), **more)
 
-    def _record(self, source: Path, facts: Facts, *what: str) -> None:
-        self._do(
-            "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            *(self._key(source), *facts, self._run, *what),
-        )
-        self._save_sometimes()
+    def _add(self, key: str, **record: Any) -> None:
+        if self._journal.get(key) != record:
+            self._journal.add({"key": key, **record})
 
     def settle(self, task: Task, outcome: Outcome) -> None:
         """Give a converted file its final name, unless its image is there already."""
         if outcome.reason:
-            task.temporary.unlink(missing_ok=True)
+            utils.remove_file(task.temporary)
         if outcome.disk_failed:
             raise PipelineError(
                 f"{self.folder} can't be written: {outcome.reason}: free some space"
@@ -1191,153 +779,181 @@ class Ledger:
             )
         if outcome.reason:
             knobs = "" if outcome.may_pass else self._knobs
-            self.reject(task.source, outcome.reason, task.facts, knobs)
+            self.reject(
+                *(task.source, outcome.reason, task.facts),
+                knobs=knobs,
+                record=outcome.record,
+            )
             return
-        name, kind = self._place(task, outcome)
-        if kind == "written":
-            # The list says "complete": it goes before the first change.
-            (self.folder / config.FILE_LIST).unlink(missing_ok=True)
-            task.temporary.replace(self.folder / name)
-        else:
-            task.temporary.unlink()
+        name, kind, old = self._place(task, outcome)
+        # The list says "complete": it goes before the first change.
+        utils.remove_file(self.folder / config.FILE_LIST)
+        if kind in ("written", "renamed"):
+            utils.replace_file(old, self.folder / name)
+        if old != task.temporary:
+            utils.remove_file(task.temporary)
         self.counts[kind] += 1
-        self._do(
-            f"INSERT OR {'REPLACE' if kind == 'written' else 'IGNORE'} INTO outputs"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            *(name, outcome.identity, self._key(task.source)),
-            *(outcome.record["timestamp"], max(-(2**62), min(outcome.number, 2**62))),
-            json.dumps(dict(outcome.record)),
-        )
-        self._record(task.source, task.facts, name, "", "")
+        self._settled.add(name)
+        key = self._key(task.source)
+        if kind == "written" or name not in self.outputs:
+            self._of_identity[outcome.identity] += name not in self.outputs
+            self.outputs[name] = {
+                **{"identity": outcome.identity, "source": key},
+                **{"record": outcome.record, "adopted": kind == "renamed"},
+            }
+            self._add(f"output/{name}", **self.outputs[name])
+        self._add(f"source/{key}", facts=[*task.facts], output=name)
 
-    def _place(self, task: Task, outcome: Outcome) -> tuple[str, str]:
-        """Name of the image, and whether it is written, labelled or a duplicate.
+    def _place(self, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
+        """Name of the image, what becomes of it, and the file that holds it now.
 
-        Files of one SOPInstanceUID are one image only if their content is the same. Of
-        a labelled file the pixels will do: a person may have edited its header.
+        Of a labelled file, and of one that an older version wrote, stored values are
+        enough: a person may have edited its header, and headers were written otherwise.
         """
-        labelled = self._do(
-            "SELECT path, name FROM labelled WHERE identity = ? ORDER BY path",
-            outcome.identity,
-        ).fetchall()
-        for path, name in labelled:
-            if same_content(Path(os.fsdecode(path)), task.temporary):
-                return self._labelled_as(path, name, task, outcome), "labelled"
-        name, kind = self._named(task, outcome, {name for _, name in labelled})
-        for path, given in labelled if kind == "written" else ():
-            if same_pixels(Path(os.fsdecode(path)), task):
-                return self._labelled_as(path, given, task, outcome), "labelled"
-        return name, kind
+        new = task.temporary
+        for path in self._labelled.get(outcome.identity, ()):
+            if same_values(path, new):
+                return self._name_of_labelled(path, task, outcome), "labelled", path
+        taken, free = self._namesakes(outcome.name)
+        for path in taken:
+            if same_content(path, new):
+                return path.name, "duplicate", path
+        for path in self._strangers.get(outcome.identity, ()):
+            is_free = path.name not in self.outputs and path.exists()
+            if is_free and same_values(path, new):
+                return path.name if path in taken else free, "renamed", path
+        old = [one for one in taken if self.outputs.get(one.name, {}).get("adopted")]
+        known = next((one for one in old if same_values(one, new)), new)
+        if known != new:
+            return known.name, "duplicate", known
+        return free, "written", new
 
-    def _named(
-        self, task: Task, outcome: Outcome, taken: Container[str]
-    ) -> tuple[str, str]:
-        others = (f"{outcome.name[:-4]}_{count}.dcm" for count in itertools.count(2))
-        for name in itertools.chain([outcome.name], others):
-            path = self.folder / name
-            if path.exists() and same_content(path, task.temporary):
-                return name, "duplicate"
-            if not path.exists() and name not in taken:
-                return name, "written"
+    def _namesakes(self, name: str) -> tuple[list[Path], str]:
+        """Outputs that have this name, or it with a number; and one that is free."""
+        taken = []
+        stem = name.removesuffix(".dcm")
+        others = (f"{stem}_{count}.dcm" for count in itertools.count(2))
+        for one in itertools.chain([name], others):
+            path = self.folder / one
+            if path.exists():
+                taken.append(path)
+            elif one not in self._labelled_names:
+                return taken, one
         raise AssertionError("unreachable: names never end")
 
-    def _labelled_as(self, path: bytes, name: str, task: Task, outcome: Outcome) -> str:
-        """The output that was moved to `path`, and perhaps renamed; remembered."""
-        known = {
-            output: (self.folder / output).exists()
-            for (output,) in self._do(
-                "SELECT name FROM outputs WHERE identity = ? ORDER BY name",
-                outcome.identity,
-            )
-        }
-        source = self._key(task.source)
-        former = self._one("SELECT output FROM renamed WHERE path = ?", path)
-        own = self._one("SELECT output FROM sources WHERE path = ?", source)
-        moved = [output for output, is_there in known.items() if not is_there]
-        candidates = [name, former, own, *moved]
-        output = next((one for one in candidates if one in known), name)
-        if output != name:
-            self._do("REPLACE INTO renamed VALUES (?, ?)", path, output)
-        return output
+    def _name_of_labelled(self, path: Path, task: Task, outcome: Outcome) -> str:
+        """The output that was moved to `path`, and perhaps renamed."""
+        own = self._journal.get(f"source/{self._key(task.source)}") or {}
+        lost = [
+            name
+            for name, one in self.outputs.items()
+            if one["identity"] == outcome.identity and not (self.folder / name).exists()
+        ]
+        candidates = [path.name, own.get("output", ""), *lost]
+        return next((one for one in candidates if one in lost), path.name)
 
     # The lists
 
     def write_lists(self) -> None:
         """Write manifiesto.csv and rechazados.csv, unless nothing has changed."""
-        for (name,) in self._do("SELECT name FROM outputs").fetchall():
-            if not self._is_there(name):
-                self._do("DELETE FROM outputs WHERE name = ?", name)
+        gone = [name for name in self.outputs if not self._is_there(name)]
+        for name in gone:
+            del self.outputs[name]
+        if gone:
+            self._journal.add({"taken_back": [f"output/{name}" for name in gone]})
         path = self.folder / config.REJECTED_LIST
-        write_if_changed(path, ("source", "reason"), self.rejected())
-        write_if_changed(self.folder / config.FILE_LIST, COLUMNS, self._manifest())
+        write_if_changed(path, REJECTED_COLUMNS, self.rejected())
+        path = self.folder / config.FILE_LIST
+        if gone or self._settled or not path.exists():
+            write_if_changed(path, COLUMNS, self._manifest())
 
     def rejected(self) -> Iterator[dict[str, str]]:
         """Files of this run that have no output, and why."""
-        for path, reason in self._do(
-            "SELECT path, reason FROM sources WHERE reason != '' AND run = ?"
-            " ORDER BY path",
-            self._run,
-        ):
-            yield {"source": shown_path(path), "reason": reason}
+        for key in sorted(self._rejected, key=os.fsencode):
+            known = self._journal.get(f"source/{key}") or {}
+            record = known.get("record", {})
+            yield {"source": shown_path(key), "reason": known["reason"], **record}
 
     def _manifest(self) -> Iterator[dict[str, object]]:
-        rows = self._do(
-            "SELECT name, identity, source, record FROM outputs"
-            " ORDER BY moment, number, identity, name"
-        )
-        for order, (name, identity, source, record) in enumerate(rows, 1):
-            fields = json.loads(record)
-            notes = [fields["notes"], *self._notes(name, identity, source)]
+        copies: dict[str, list[str]] = {}
+        for key, one in sorted(self._journal.items()):
+            if key.startswith("source/") and one.get("output"):
+                copies.setdefault(one["output"], []).append(key.removeprefix("source/"))
+        shared = Counter(one["identity"] for one in self.outputs.values())
+        for order, (name, one) in enumerate(sorted(self.outputs.items(), key=rank), 1):
+            notes = [one["record"]["notes"]] if one["record"]["notes"] else []
+            notes += [
+                f"the same image as {shown_path(source)}"
+                for source in copies.get(name, ())
+                if source != one["source"]
+            ]
+            if shared[one["identity"]] > 1 and one["record"]["sop_instance_uid"]:
+                notes.append(SHARED_UID)
             yield {
-                **fields,
+                **{key: one["record"].get(key, "") for key in COLUMNS},
                 "order": order,
-                "source": shown_path(source),
+                "source": shown_path(one["source"]),
                 "output": name,
-                "notes": "; ".join(filter(None, notes)),
+                "notes": "; ".join(notes),
             }
-
-    def _notes(self, name: str, identity: str, source: bytes) -> Iterator[str]:
-        for (path,) in self._do(
-            "SELECT path FROM sources WHERE output = ? AND path != ? ORDER BY path",
-            *(name, source),
-        ):
-            yield f"the same image as {shown_path(path)}"
-        if self._one("SELECT count(*) FROM outputs WHERE identity = ?", identity) > 1:
-            yield SHARED_UID
 
     # The summary
 
-    def modalities(self) -> dict[str, int]:
-        """Images per modality."""
-        return dict(
-            self._do(
-                "SELECT json_extract(record, '$.modality'), count(*) FROM outputs"
-                " GROUP BY 1 ORDER BY 2 DESC"
-            )
-        )
-
     def warnings(self) -> Iterator[str]:
         """What a person should know about the order and the images."""
-        shared = self._one(
-            "SELECT count(*) FROM (SELECT 1 FROM outputs GROUP BY identity"
-            " HAVING count(*) > 1)"
-        )
-        if shared:
+        records = [one["record"] for one in self.outputs.values()]
+        uids = Counter(filter(None, (one["sop_instance_uid"] for one in records)))
+        if shared := sum(count > 1 for count in uids.values()):
             yield f"{SHARED_UID}, with another content: {shared} times, all were kept"
-        undated = self._one("SELECT count(*) FROM outputs WHERE moment = ?", NO_DATE)
-        if undated:
+        if undated := sum(one["timestamp"] == NO_DATE for one in records):
             yield f"{undated} images have no date: they stand last"
+        moments = Counter(
+            (one["timestamp"], one["instance"], one["detector"])
+            for one in records
+            if one["timestamp"] != NO_DATE
+        )
+        if ties := sum(count for count in moments.values() if count > 1):
+            yield f"{ties} images share their moment with others: nothing orders them"
+        in_utc = sum(one["time_source"].endswith(IN_UTC) for one in records)
+        if 0 < in_utc < len(records) - undated:
+            local = len(records) - undated - in_utc
+            yield f"{in_utc} times are in UTC and {local} local: they can't be compared"
+        yield from intents(records)
+        yield from self._mixed_sources()
+
+    def _mixed_sources(self) -> Iterator[str]:
         found: dict[str, set[str]] = {}
-        for source, used in self._do(
-            "SELECT source, json_extract(record, '$.time_source') FROM outputs"
-            " ORDER BY source"
-        ):
-            folder = shown_path(source.rpartition(b"/")[0]) or "the input folder"
-            found.setdefault(folder, set()).add(used or "no date")
+        for one in sorted(self.outputs.values(), key=lambda one: one["source"]):
+            folder = shown_path(one["source"].rpartition("/")[0]) or "the input folder"
+            used = one["record"]["time_source"].removesuffix(IN_UTC) or "no date"
+            found.setdefault(folder, set()).add(used)
         for folder, sources in found.items():
             if len(sources) > 1:
                 names = " / ".join(sorted(sources))
                 yield f"{folder} was ordered by different attributes: {names}"
+
+
+def rank(output: tuple[str, Mapping[str, Any]]) -> tuple[str, float, str]:
+    """Place of an output in the list: timestamp, InstanceNumber, name."""
+    name, one = output
+    number = utils.number(one["record"]["instance"])
+    return one["record"]["timestamp"], math.inf if number is None else number, name
+
+
+def intents(records: Iterable[Mapping[str, str]]) -> Iterator[str]:
+    """Say where an exposure is there both raw and processed for a viewer."""
+    kinds: dict[tuple[str, str], Counter[str]] = {}
+    for one in records:
+        moment = kinds.setdefault((one["timestamp"], one["detector"]), Counter())
+        moment[one["presentation_intent"]] += 1
+    raw, shown = "FOR PROCESSING", "FOR PRESENTATION"
+    both = [one for one in kinds.values() if one[raw] and one[shown]]
+    if both:
+        counts = [sum(one[kind] for one in both) for kind in (raw, shown)]
+        yield (
+            f"{len(both)} exposures are there twice: {counts[0]} images {raw} and "
+            f"{counts[1]} {shown}: quality control needs {raw}"
+        )
 
 
 def write_if_changed(
@@ -1347,49 +963,45 @@ def write_if_changed(
     fresh = path.with_name(TEMPORARY.replace("*", path.name))
     utils.write_csv(fresh, columns, rows)
     if path.exists() and filecmp.cmp(path, fresh, shallow=False):
-        fresh.unlink()
+        utils.remove_file(fresh)
     else:
-        fresh.replace(path)
+        utils.replace_file(fresh, path)
 
 
 def identity_of(path: Path) -> str:
-    """What `Outcome.identity` was for a labelled file, from its file meta group."""
+    """What `Outcome.identity` was for a file that phase 1 wrote."""
     with path.open("rb") as file:
-        head = file.read(1 << 14)
+        head = file.read(1 << 12)
     if head[128:132] != b"DICM":
         return ""
-    _, meta = utils.read_file_meta(head, 132)
-    uid = clean(utils.meta_uid(meta, 0x00020003))
-    return uid or f"sha256:{content_digest(path)}"
+    at = head.find(b"\2\0\3\0UI", 132)
+    (length,) = struct.unpack_from("<H", head, at + 6) if at > 0 else (0,)
+    uid = clean(head[at + 8 : at + 8 + length].decode("latin-1").strip("\0 "))
+    return uid if at > 0 and uid else f"values:{values_digest(path)}"
 
 
 def same_content(path: Path, other: Path) -> bool:
     """Whether two files of ours hold the same dataset."""
-    return content_digest(path) == content_digest(other)
+    sizes = path.stat().st_size, other.stat().st_size
+    return sizes[0] == sizes[1] and content_digest(path) == content_digest(other)
 
 
-def same_pixels(path: Path, task: Task) -> bool:
-    """Whether a file holds the pixels just decoded, whatever their headers say."""
-    digests = [pixel_digest(one, task.limit_mb) for one in (path, task.temporary)]
-    return digests[0] == digests[1] != ""
-
-
-def pixel_digest(path: Path, limit_mb: int) -> str:
-    """SHA-256 of the value of the pixel data; empty where there is none."""
+def values_digest(path: Path) -> str:
+    """SHA-256 of the stored values of all frames; empty where there are none."""
     try:
-        data, encoding = utils.open_dicom(path, limit_mb)
-        elements, _ = read_image(data, encoding)
-    except RejectedError:
+        return utils.digest_of(utils.decode(utils.read_dicom(path)).values)
+    except Exception:  # each decoder raises errors of its own
         return ""
-    for one in elements:
-        if one.tag == PIXEL_DATA:
-            return hashlib.sha256(data[one.value : one.end]).hexdigest()
-    return ""
 
 
-def shown_path(path: bytes) -> str:
+def same_values(path: Path, other: Path) -> bool:
+    """Whether two files hold the same stored values, whatever their headers say."""
+    return values_digest(path) == values_digest(other) != ""
+
+
+def shown_path(path: str) -> str:
     """A relative path for a spreadsheet: printable, and never a formula."""
-    text = path.decode("utf-8", "backslashreplace")
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
     text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
     return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
 
@@ -1402,25 +1014,22 @@ def run(cfg: Config) -> int:
     source_dir, folder = cfg.folder("input_dir"), cfg.folder("decompressed_dir")
     check_folders(source_dir, folder)
     make_folders(cfg)
-    try:
-        with Ledger(cfg) as ledger:
-            ledger.sweep()
-            ledger.read_labelled()
-            crew = Crew(convert, cfg.jobs or os.cpu_count() or 1, cfg.item_timeout_s)
-            tasks = new_tasks(ledger, cfg.max_image_mb)
-            with closing(crew.do_all(tasks)) as results:
-                for task, outcome in results:
-                    ledger.settle(task, outcome)
-            if not ledger.counts:
-                raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
-            ledger.write_lists()
-            report(ledger)
-            return utils.EXIT_SOME_FAILED if ledger.counts["rejected"] else 0
-    except sqlite3.OperationalError as error:
-        remedy = "make sure that the folder can be written and the disk has space"
-        if "locked" in str(error):
-            remedy = "another phase 1 is at work here; wait for it to end"
-        raise PipelineError(f"{folder / STATE}: {error}: {remedy}") from None
+    held = f"another phase 1 is at work in {folder}: wait for it to end"
+    with utils.lock(folder / LOCK, held):
+        state = State(cfg)
+        files = list(utils.find_files(source_dir, state.reject))
+        jobs = cfg.jobs or os.cpu_count() or 1
+        with progress(len(files), cfg.quiet) as tell:
+            outcomes = convert_all(new_tasks(files, state, cfg, tell), jobs)
+            with closing(outcomes):
+                for task, outcome in outcomes:
+                    state.settle(task, outcome)
+                    tell()
+        if not state.counts:
+            raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
+        state.write_lists()
+        report(state)
+    return utils.EXIT_SOME_FAILED if state.counts["rejected"] else utils.EXIT_DONE
 
 
 def check_folders(source_dir: Path, folder: Path) -> None:
@@ -1441,18 +1050,37 @@ def make_folders(cfg: Config) -> None:
             (labelled / name).mkdir(parents=True)
 
 
-def new_tasks(ledger: Ledger, limit_mb: int) -> Iterator[Task]:
+@contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal; elsewhere a line now and then. Call it per finished file."""
+    done, told = 0, time.monotonic()
+    disabled = True if quiet else None  # None: where stderr is no terminal
+    with tqdm(total=total, unit=" files", disable=disabled, leave=False) as bar:
+
+        def tell() -> None:
+            nonlocal done, told
+            done += 1
+            bar.update()
+            if bar.disable and time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                log.info("%d of %d files", done, total)
+
+        yield tell
+        if bar.disable and done:
+            log.info("%d of %d files", done, total)
+
+
+def new_tasks(
+    files: Iterable[Path], state: State, cfg: Config, tell: Callable[[], None]
+) -> Iterator[Task]:
     """A task for every file that is not settled yet, in order of their names."""
-    started = told = time.monotonic()
-    files = utils.find_files(ledger.source_dir, ledger.reject)
     for count, path in enumerate(files, 1):
-        if time.monotonic() - told > TELL_SECONDS:
-            told = time.monotonic()
-            log.info("%d files after %.0f s", count, told - started)
         facts = facts_of(path)
-        if not ledger.is_done(path, facts):
-            name = TEMPORARY.replace("*", f"{os.getpid()}-{count}")
-            yield Task(path, ledger.folder / name, limit_mb, facts)
+        if state.is_done(path, facts):
+            tell()
+            continue
+        temporary = state.folder / TEMPORARY.replace("*", f"{os.getpid()}-{count}")
+        yield Task(path, temporary, cfg.max_image_mb, cfg.item_timeout_s, facts)
 
 
 def facts_of(path: Path) -> Facts:
@@ -1461,33 +1089,32 @@ def facts_of(path: Path) -> Facts:
         facts = path.stat()
     except OSError:
         return -1, -1, -1
-    latest = 2**63 - 1  # the year 2262, and the end of what SQLite can hold
-    times = min(facts.st_mtime_ns, latest), min(facts.st_ctime_ns, latest)
-    return facts.st_size, *times
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
-def report(ledger: Ledger) -> None:
+def report(state: State) -> None:
     """Print what was done and what to do next."""
-    counts, file_list = ledger.counts, ledger.folder / config.FILE_LIST
-    print(f"{counts.total()} files in {ledger.source_dir}:")
+    counts, file_list = state.counts, state.folder / config.FILE_LIST
+    print(f"{counts.total()} files in {state.source_dir}:")
     lines = {
-        "written": f"images written to {ledger.folder} now",
+        "written": f"images written to {state.folder} now",
         "known": "images were there before, here or labelled",
-        "labelled": f"images found in {ledger.labelled_dir}, not written again",
+        "labelled": f"images found in {state.labelled_dir}, not written again",
+        "renamed": "images of an older version, kept under today's names",
         "duplicate": "files hold an image that is there already",
-        "rejected": f"files left out: see {ledger.folder / config.REJECTED_LIST}",
+        "rejected": f"files left out: see {state.folder / config.REJECTED_LIST}",
     }
     for key, text in lines.items():
         if counts[key]:
             print(f"  {counts[key]:6d} {text}")
-    rejected = (f"{line['source']}: {line['reason']}" for line in ledger.rejected())
+    rejected = (f"{line['source']}: {line['reason']}" for line in state.rejected())
     warn_of("left out", rejected)
-    warn_of("warning", ledger.warnings())
-    kinds = ledger.modalities().items()
-    shown = ", ".join(f"{count} {name or '?'}" for name, count in kinds)
+    warn_of("warning", state.warnings())
+    kinds = Counter(one["record"]["modality"] for one in state.outputs.values())
+    shown = ", ".join(f"{count} {name or '?'}" for name, count in kinds.most_common())
     print(f"In order of exposure: {file_list} ({shown or 'none'})")
     print(
-        f"Next: move the files into {ledger.labelled_dir}/<CLASS>/ and run"
+        f"Next: move the files into {state.labelled_dir}/<CLASS>/ and run"
         " python fase2_generar_vectores_vlm.py"
     )
 

@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -29,7 +30,6 @@ from collections import Counter, deque
 from collections.abc import (
     Awaitable,
     Callable,
-    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -47,14 +47,20 @@ from urllib.parse import urlsplit
 import filelock
 import imagecodecs
 import numpy as np
-import pydicom
 import tenacity
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.dataset import FileMetaDataset
-from pydicom.filereader import read_dataset
-from pydicom.pixels.processing import apply_modality_lut, convert_color_space
-from pydicom.pixels.utils import pixel_array
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.filereader import data_element_generator, read_dataset
+from pydicom.multival import MultiValue
+from pydicom.pixels.processing import (
+    apply_color_lut,
+    apply_modality_lut,
+    convert_color_space,
+)
+from pydicom.pixels.utils import expand_ybr422
+from pydicom.tag import BaseTag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -62,6 +68,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
+from pydicom.valuerep import VR
 
 import config
 
@@ -505,71 +512,80 @@ class Journal:
 
 
 # --- DICOM --------------------------------------------------------------------------
+# Owns the way from a file to its stored values: the same for phase 1, which writes
+# them, and for phases 2 and 4, which look at them. Never changes a file, and believes
+# no decoder that it has not checked.
+#
+# pydicom reads the elements. Not by `dcmread`, which inflates without bound, believes
+# in the byte order that the file names and returns nothing where a delimiter is
+# missing. Frames go to imagecodecs directly: pydicom's decoders take the word of the
+# transfer syntax for that of the codestream and fall back on GDCM, which aborts the
+# process on damaged streams, or makes images of them that nobody took.
+
+PIXEL_DATA, ITEM_GROUP, UNDEFINED_LENGTH = 0x7FE00010, 0xFFFE, 0xFFFFFFFF
+KNOWN_VRS = frozenset(vr.value for vr in VR if len(vr) == 2)
+BLANK_VRS = (b"  ", b"--", b"??")
+"""What some writers put where a VR should stand; a 16-bit length follows."""
+
+HEADER_MB = 64
+"""Room for the header beside --max-image-mb."""
+
+Elements = dict[BaseTag, RawDataElement | DataElement]
+_ITEM, _END_OF_ITEMS = b"\xfe\xff\0\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
+
+_OTHER_KINDS = {
+    **{b"%PDF": "a PDF document", b"PK": "a ZIP archive or an office document"},
+    **{b"\xff\xd8\xff": "a JPEG picture", b"\x89PNG": "a PNG picture"},
+    **{
+        b"II*\0": "a TIFF picture",
+        b"MM\0*": "a TIFF picture",
+        b"GIF8": "a GIF picture",
+    },
+    **{b"\x1f\x8b": "a gzip archive", b"<": "an XML or HTML document"},
+}
 
 
-def read_dicom(path: Path) -> pydicom.Dataset:
-    """Read a DICOM file with its pixel data, whatever its file meta group says.
+def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> FileDataset:
+    """Read a DICOM file, whatever its preamble and file meta group say (PS3.10 7.1).
 
-    The encoding is taken from the bytes where preamble, file meta group or transfer
-    syntax are missing or wrong.
-
-    Raises
-    ------
-    RejectedError
-        The file is no DICOM file, can't be read or holds no image.
-    """
-    try:
-        data, encoding = open_dicom(path, config.Config.max_image_mb)
-    except OSError as error:
-        raise RejectedError(f"can't be read: {error.strerror}") from None
-    stream = io.BytesIO(memoryview(data)[encoding.start :])
-    try:
-        with _silence():
-            dataset = read_dataset(stream, encoding.implicit, not encoding.big_endian)
-    except Exception as error:  # pydicom raises whatever a broken header provokes
-        raise RejectedError(f"can't be read as DICOM: {error}") from None
-    if "PixelData" not in dataset:
-        raise RejectedError("holds no image")
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = UID(encoding.transfer_syntax)
-    return dataset
-
-
-def decode_frame(dataset: pydicom.Dataset) -> NDArray[Any]:
-    """Decode the frame that stands for the image: the middle one of a multi-frame.
+    The dataset holds raw elements; ``file_meta.TransferSyntaxUID`` says how the bytes
+    are encoded, and the attribute ``notes`` (list of str) what had to be mended.
 
     Parameters
     ----------
-    dataset : Dataset
-        As `read_dicom` returns it.
-
-    Returns
-    -------
-    ndarray, (rows, columns) or (rows, columns, 3)
-        Stored values, dtype as pydicom gives it; colour as RGB.
+    path : Path
+        A regular file; anything else is refused without being opened for long.
+    limit_mb : int
+        Refuse files that are, or inflate to, more than this and HEADER_MB.
 
     Raises
     ------
     RejectedError
-        No decoder could read the pixel data.
+        Not a DICOM file, damaged or too large.
+    OSError
+        The file can't be read, or changed meanwhile.
     """
-    try:
-        layout = PixelLayout.of(dataset.get)
-        index = layout.frames // 2
-        if not dataset["PixelData"].is_undefined_length:
-            with _silence():
-                return pixel_array(dataset, index=index)
-        frames = compressed_frames(memoryview(dataset.PixelData), layout.frames)
-        stream = joined(frames[index])
-        pixels = decode_stream(stream, layout)
-        layout = layout.decoded(stream_facts(stream, layout))
-    except RejectedError:
-        raise
-    except Exception as error:  # each decoder raises errors of its own
-        raise RejectedError(f"the pixel data can't be decoded: {error}") from None
-    if layout.photometric.startswith("YBR_FULL"):
-        return convert_color_space(pixels, "YBR_FULL", "RGB")
-    return pixels
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(os.open(path, flags), "rb") as file, _silence():  # noqa: PTH123
+        before = os.fstat(file.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise RejectedError("is not a regular file")
+        begin = _first_element(file.read(512))
+        if before.st_size > limit_mb + HEADER_MB << 20:
+            raise RejectedError(f"is larger than {limit_mb + HEADER_MB} MB")
+        file.seek(begin)
+        try:
+            dataset = _read_dataset(file, before.st_size, limit_mb + HEADER_MB)
+        except (RejectedError, MemoryError):
+            raise
+        except Exception as error:  # pydicom raises whatever a broken header provokes
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise RejectedError(f"can't be read as DICOM: {error}") from None
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise OSError(errno.EAGAIN, "changed while it was read", str(path))
+    return dataset
 
 
 @contextmanager
@@ -580,239 +596,208 @@ def _silence() -> Iterator[None]:
         yield
 
 
-# Reading: PS3.10 7.1 (preamble, file meta group), PS3.5 7.1 (elements) and 10 (syntax).
-
-Buffer = bytes | bytearray | memoryview
-
-LONG_VRS = frozenset(
-    (*("OB", "OD", "OF", "OL", "OV", "OW"), *("SQ", "SV", "UC", "UN", "UR", "UT", "UV"))
-)
-"""Value representations whose explicit length has 32 bits (PS3.5 table 7.1-1)."""
-
-SHORT_VRS = frozenset(
-    (
-        *("AE", "AS", "AT", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "LO"),
-        *("LT", "PN", "SH", "SL", "SS", "ST", "TM", "UI", "UL", "US"),
-    )
-)
-"""Value representations whose explicit length has 16 bits (PS3.5 table 7.1-2)."""
-
-_OTHER_KINDS = {
-    b"%PDF": "a PDF document",
-    b"PK": "a ZIP archive or an office document",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"\x89PNG": "a PNG picture",
-    b"II*\0": "a TIFF picture",
-    b"MM\0*": "a TIFF picture",
-    b"\x1f\x8b": "a gzip archive",
-    b"GIF8": "a GIF picture",
-    b"<": "an XML or HTML document",
-}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How the elements of a dataset stand in its bytes."""
-
-    start: int
-    """Offset of the dataset's first element."""
-    implicit: bool
-    big_endian: bool
-    transfer_syntax: str
-    """UID: as the file meta group says, or as the bytes say where that can't be."""
-    meta: Mapping[int, bytes]
-    """Elements of the file meta group: tag -> value."""
-    notes: tuple[str, ...] = ()
-    """What was wrong with the file meta group."""
-
-
-def open_dicom(path: Path, limit_mb: int) -> tuple[Buffer, Encoding]:
-    """Read a file whole and find out how its dataset is encoded.
-
-    Parameters
-    ----------
-    path : Path
-        A regular file; anything else is refused without being opened for long.
-    limit_mb : int
-        Refuse files that are, or inflate to, more than this and 64 megabytes of header.
-
-    Returns
-    -------
-    (bytes-like, Encoding)
-        The file's bytes, or the inflated dataset of a deflated file.
-
-    Raises
-    ------
-    RejectedError
-        No DICOM file, too large, or changed while it was read.
-    OSError
-        The file can't be read.
-    """
-    limit = (limit_mb + 64) << 20
-    data = _read_whole(path, limit)
-    return _open_dataset(data, limit)
-
-
-def _read_whole(path: Path, limit: int) -> memoryview:
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    with open(os.open(path, flags), "rb", buffering=0) as file:  # noqa: PTH123
-        before = os.fstat(file.fileno())
-        if not stat.S_ISREG(before.st_mode):
-            raise RejectedError("no regular file")
-        head = file.read(min(before.st_size, 4096))
-        _dataset_start(head)
-        if before.st_size > limit:
-            raise RejectedError(f"larger than {limit >> 20} MB (--max-image-mb)")
-        data = np.empty(before.st_size, np.uint8).data  # never zeroed first
-        data[: len(head)] = head
-        done = len(head)
-        while done < len(data) and (count := file.readinto(data[done:])):
-            done += count
-        after = os.fstat(file.fileno())
-    unchanged = (before.st_size, before.st_mtime_ns) == (
-        after.st_size,
-        after.st_mtime_ns,
-    )
-    if done < len(data) or not unchanged:
-        raise OSError(errno.EAGAIN, "changed while it was read", str(path))
-    return data
-
-
-def _dataset_start(data: Buffer) -> int:
-    """Offset of the first element, or RejectedError where there can't be one."""
-    if not data:
-        raise RejectedError("is empty")
-    if data[128:132] == b"DICM":
+def _first_element(head: bytes) -> int:
+    """Its offset; RejectedError where there can't be one."""
+    if head[128:132] == b"DICM":
         return 132
-    group, element = struct.unpack_from("<HH", data) if len(data) >= 8 else (0, 0)
-    big = group in (0x0200, 0x0400, 0x0800)
-    if group in (2, 4, 8) or big:
-        vr = bytes(data[4:6]).decode("latin-1")
-        (length,) = struct.unpack_from(">L" if big else "<L", data, 4)
-        if vr in LONG_VRS | SHORT_VRS or (element < 0x2000 and length <= 1024):
+    group, element = struct.unpack_from("<HH", head) if len(head) >= 8 else (0, 0)
+    if group in (2, 4, 8, 0x0200, 0x0400, 0x0800):
+        (length,) = struct.unpack_from("<L" if group < 9 else ">L", head, 4)
+        if _names_vr(head) or (element < 0x2000 and length <= 1024):
             return 0
-    for magic, kind in _OTHER_KINDS.items():
-        if bytes(data[: len(magic)]) == magic:
-            raise RejectedError(f"is no DICOM file but {kind}")
-    raise RejectedError("is no DICOM file")
+    kinds = (kind for magic, kind in _OTHER_KINDS.items() if head.startswith(magic))
+    kind = next((f" but {kind}" for kind in kinds), "")
+    raise RejectedError(f"is not a DICOM file{kind}" if head else "is empty")
 
 
-def _open_dataset(data: Buffer, limit: int) -> tuple[Buffer, Encoding]:
-    begin = _dataset_start(data)
-    start, meta = read_file_meta(data, begin)
-    notes = tuple(_meta_faults(data, begin, start, meta))
-    named = meta_uid(meta, 0x00020010)
-    inflated = named == DeflatedExplicitVRLittleEndian
-    if inflated:
-        try:
-            data, start = _inflate(data[start:], limit), 0
-        except RejectedError:
-            if not _looks_explicit(data, start):
-                raise
-            inflated = False
-    implicit, big_endian = _guess_encoding(data, start)
-    native = {
-        (True, False): ImplicitVRLittleEndian,
-        (False, True): ExplicitVRBigEndian,
-    }.get((implicit, big_endian), ExplicitVRLittleEndian)
+def _names_vr(element: bytes) -> bool:
+    return element[4:6].decode("latin-1") in KNOWN_VRS
+
+
+def _read_dataset(file: BinaryIO, size: int, limit_mb: int) -> FileDataset:
+    begin = file.tell()
+    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    start, notes = file.tell(), list(_meta_faults(meta, begin, file.tell()))
+    named = text(meta, "TransferSyntaxUID")
+    first = file.read(8)
+    if len(first) < 8:
+        raise RejectedError("is truncated: there is nothing after the file meta group")
+    file.seek(start)
+    deflated = named == DeflatedExplicitVRLittleEndian
+    if deflated and (data := _inflate(file.read(), limit_mb, not _names_vr(first))):
+        file, size, start, first = io.BytesIO(data), len(data), 0, data[:8]
+    file.seek(start)
+    little, big = struct.unpack("<H", first[:2])[0], struct.unpack(">H", first[:2])[0]
+    implicit, is_little = not _names_vr(first), not (big < little and big <= 0x20)
+    native = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    native = ImplicitVRLittleEndian if implicit else native
     uid = UID(named or native)
-    found = (implicit, big_endian, inflated)
-    if uid.is_transfer_syntax and _encoding_of(uid) != found:
-        notes = (*notes, f"said {uid.name}, is {native.name}")
+    if uid.is_transfer_syntax and (
+        (uid.is_implicit_VR, uid.is_little_endian) != (implicit, is_little)
+        or (deflated and not isinstance(file, io.BytesIO))
+    ):
+        notes.append(f"said {uid.name}, is {native.name}")
         uid = native
-    return data, Encoding(start, implicit, big_endian, str(uid), meta, notes)
+    elements = _read_elements(file, size, implicit, is_little, notes)
+    dataset = FileDataset(
+        file, elements, None, FileMetaDataset(meta), implicit, is_little
+    )
+    dataset.file_meta.add_new("TransferSyntaxUID", "UI", uid)
+    dataset.notes = notes
+    return dataset
 
 
-def _encoding_of(uid: UID) -> tuple[bool, bool, bool]:
-    """(implicit, big endian, deflated) as a transfer syntax has it."""
-    return uid.is_implicit_VR, not uid.is_little_endian, uid.is_deflated
-
-
-def _meta_faults(
-    data: Buffer, begin: int, end: int, meta: Mapping[int, bytes]
-) -> Iterator[str]:
+def _meta_faults(meta: Dataset, begin: int, end: int) -> Iterator[str]:
     """What is wrong with the file meta group between two offsets (PS3.10 7.1)."""
     if not meta:
         yield "had no file meta group"
         return
     if not begin:
         yield "had no preamble"
-    if not _looks_explicit(data, begin):
+    if getattr(next(iter(meta.elements())), "is_implicit_VR", False):
         yield "its file meta group was in implicit VR"
-    if meta.get(0x00020000) != struct.pack("<L", end - begin - 12):
+    if text(meta, "FileMetaInformationGroupLength") != str(end - begin - 12):
         yield "its file meta group had a wrong length"
-    if not meta.get(0x00020010):
+    if not text(meta, "TransferSyntaxUID"):
         yield "had no transfer syntax"
 
 
-def read_file_meta(data: Buffer, at: int) -> tuple[int, dict[int, bytes]]:
-    """End of the file meta group, and its elements; its group length isn't trusted."""
-    meta: dict[int, bytes] = {}
-    while bytes(data[at : at + 2]) == b"\2\0" and at + 8 <= len(data):
-        (element,) = struct.unpack_from("<H", data, at + 2)
-        vr = bytes(data[at + 4 : at + 6]).decode("latin-1")
-        if vr in SHORT_VRS:
-            (length,), at = struct.unpack_from("<H", data, at + 6), at + 8
-        elif vr in LONG_VRS and at + 12 <= len(data):
-            (length,), at = struct.unpack_from("<L", data, at + 8), at + 12
-        else:
-            (length,), at = struct.unpack_from("<L", data, at + 4), at + 8
-        meta[0x00020000 + element] = bytes(data[at : at + length])
-        at += length
-    return at, meta
-
-
-def meta_uid(meta: Mapping[int, bytes], tag: int) -> str:
-    """A UID of the file meta group without its padding; empty where there is none."""
-    return meta.get(tag, b"").decode("latin-1").strip("\0 ")
-
-
-def _looks_explicit(data: Buffer, at: int) -> bool:
-    return bytes(data[at + 4 : at + 6]).decode("latin-1") in LONG_VRS | SHORT_VRS
-
-
-def _guess_encoding(data: Buffer, at: int) -> tuple[bool, bool]:
-    """(implicit, big endian): the first group of a dataset is a small number."""
-    if at + 8 > len(data):
-        raise RejectedError("is truncated: there is nothing after the file meta group")
-    (little,), (big,) = (
-        struct.unpack_from("<H", data, at),
-        struct.unpack_from(">H", data, at),
-    )
-    return not _looks_explicit(data, at), big < little and big <= 0x20
-
-
-def _inflate(data: Buffer, limit: int) -> bytes:
-    """Inflate a deflated dataset (PS3.5 A.5) of at most `limit` bytes.
-
-    The bytes are counted before they are kept: a bomb shall not take the memory.
-    """
-    size = 0
-    for piece in _inflated(data):
-        size += len(piece)
-        if size > limit:
-            raise RejectedError(
-                f"inflates to more than {limit >> 20} MB (--max-image-mb)"
-            )
-    return b"".join(_inflated(data))
-
-
-def _inflated(data: Buffer) -> Iterator[bytes]:
-    inflater, step = zlib.decompressobj(-zlib.MAX_WBITS), 1 << 20
+def _inflate(data: bytes, limit_mb: int, surely: bool) -> bytes:
+    """Inflate a dataset (PS3.5 A.5) of bounded size; b"" where it isn't deflated."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        yield inflater.decompress(data, step)
-        while inflater.unconsumed_tail:
-            yield inflater.decompress(inflater.unconsumed_tail, step)
+        inflated = inflater.decompress(data, limit_mb + 1 << 20)
+        if inflater.eof and len(inflated) <= limit_mb << 20:
+            return inflated
     except zlib.error as error:
-        raise RejectedError(f"the deflated dataset is damaged: {error}") from None
-    if not inflater.eof:
-        raise RejectedError("is truncated: the deflated dataset does not end")
+        problem = f"the deflated dataset is damaged: {error}"
+    else:
+        problem = "is truncated: the deflated dataset does not end"
+        if len(inflated) > limit_mb << 20:
+            problem, surely = f"inflates to more than {limit_mb} MB", True
+    if surely:
+        raise RejectedError(problem)
+    return b""
 
 
-# Decoding: PS3.5 8.2 and A.4. imagecodecs decodes every syntax and releases the GIL; it
-# says nothing of a stream that ends early, so that is checked here. The special one
-# for HTJ2K is left aside: where a lossy stream overshoots 16 bits, OpenJPH turns white
-# into black (imagecodecs 2026.3.6); OpenJPEG, which reads HTJ2K too, clips.
+class _MendableError(Exception):
+    """What pydicom can't read past: offset, length, bytes in their place, note."""
+
+
+def _read_elements(
+    file: BinaryIO, size: int, implicit: bool, little: bool, notes: list[str]
+) -> Elements:
+    """The elements of a dataset, raw; what follows the image is left out."""
+    start = file.tell()
+    while True:
+        elements: Elements = {}
+        try:
+            end = _walk(elements, file, size, implicit, little)
+            break
+        except _MendableError as fault:
+            at, length, mended, note = fault.args
+            notes.append(note)
+            file.seek(0)
+            data = bytearray(file.read())
+            data[at : at + length] = mended
+            file, size = io.BytesIO(data), len(data)
+            file.seek(start)
+    if size - end > 1:
+        notes.append(f"{size - end} bytes after the dataset left out")
+    for tag in [one for one in elements if one.group in (0, 2, ITEM_GROUP)]:
+        value = elements.pop(tag).value or b""
+        notes.append(f"{tag} of {len(value)} bytes left out: it has no place there")
+    return elements
+
+
+class _Watch:
+    """Looks at each element before its value is read, and says where to stop.
+
+    pydicom reads a value that is longer than the file, and one after a VR that it
+    doesn't know, without a word. What follows the image is left out.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, implicit: bool) -> None:
+        self.file, self.size, self.implicit, self.last = file, size, implicit, 0
+
+    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
+        at = self.file.tell()
+        if not self.implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
+            _check_vr(self.file, at - 8)
+        too_long = length != UNDEFINED_LENGTH and at + length > self.size
+        if self.last >= PIXEL_DATA and (too_long or tag <= self.last):
+            return True
+        if too_long:
+            there = self.size - at
+            raise RejectedError(
+                f"is truncated: {tag} says {length} bytes, {there} are there"
+            )
+        self.last = self.last if tag.group == ITEM_GROUP else tag
+        return False
+
+
+def _walk(
+    elements: Elements, file: BinaryIO, size: int, implicit: bool, little: bool
+) -> int:
+    """Read the elements, and where they end."""
+    watch, end = _Watch(file, size, implicit), file.tell()
+    try:
+        for element in data_element_generator(file, implicit, little, watch):
+            elements[element.tag], end = element, file.tell()
+    except (EOFError, OSError) as error:  # no delimiter before the end of the file
+        if watch.last == PIXEL_DATA and isinstance(error, EOFError):
+            note = "its compressed pixels had no delimiter at their end"
+            raise _MendableError(size, 0, _END_OF_ITEMS, note) from None
+        if watch.last <= PIXEL_DATA:
+            raise
+    return end
+
+
+def _check_vr(file: BinaryIO, at: int) -> None:
+    """Make UN of a VR that pydicom reads with the wrong kind of length (PS3.5 6.2.2).
+
+    A VR of a later edition has 32 bits of length, a blank one has 16. Where neither
+    stands, the element is in implicit VR, which pydicom sees.
+    """
+    here = file.tell()
+    file.seek(at + 4)
+    vr, length = struct.unpack("<2sH", file.read(4))
+    file.seek(here)
+    note = f"the unknown VR {vr.decode('latin-1')!r} became UN"
+    if vr in BLANK_VRS:
+        raise _MendableError(at + 4, 4, struct.pack("<2sHL", b"UN", 0, length), note)
+    if vr.isalpha() and vr.isupper() and not length:
+        raise _MendableError(at + 4, 2, b"UN", note)
+
+
+def texts(dataset: Dataset, keyword: str) -> list[str]:
+    """The values of an element as text; what can't be parsed comes as it stands."""
+    try:
+        with _silence():
+            value = dataset.get(keyword)
+    except Exception:  # pydicom raises whatever a broken value provokes
+        raw: Any = dataset.get_item(keyword)
+        value = bytes(raw.value or b"")[:1024].decode("latin-1")
+    several = value if isinstance(value, MultiValue) else str(value).split("\\")
+    clean = [str(one).strip("\0 ") for one in several]
+    return [] if value is None else clean
+
+
+def text(dataset: Dataset, keyword: str) -> str:
+    """The first value of an element as text; empty where there is none."""
+    return next(iter(texts(dataset, keyword)), "")
+
+
+def number(value: str) -> float | None:
+    """A finite number, or None: a header may hold anything."""
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+# Decoding: PS3.5 8.1.1 (stored values), 8.2 and A.4 (codestreams).
 
 
 @dataclass(frozen=True)
@@ -827,64 +812,328 @@ class PixelLayout:
     bits_stored: int
     signed: bool
     photometric: str
+    high_bit: int
+    planar: int = 0
 
     @classmethod
-    def of(cls, get: Callable[[str], Any]) -> Self:
-        """Read the attributes with `get(keyword)`; a missing one has its usual value.
+    def of(cls, dataset: Dataset) -> Self:
+        """Read the attributes; one that is missing or impossible has its usual value.
 
         Raises
         ------
         RejectedError
             There are no pixels by these attributes, or they can't be meant.
         """
-        try:
-            allocated = int(get("BitsAllocated") or 0)
-            layout = cls(
-                rows=int(get("Rows") or 0),
-                columns=int(get("Columns") or 0),
-                samples=int(get("SamplesPerPixel") or 1),
-                frames=int(get("NumberOfFrames") or 1) or 1,
-                bits_allocated=allocated,
-                bits_stored=int(get("BitsStored") or allocated),
-                signed=get("PixelRepresentation") == 1,
-                photometric=str(get("PhotometricInterpretation") or "MONOCHROME2"),
-            )
-        except (TypeError, ValueError) as error:
-            raise RejectedError(f"its pixel attributes are damaged: {error}") from None
-        if min(layout.rows, layout.columns, layout.samples, layout.frames) < 1:
+
+        def whole(keyword: str) -> int:
+            return int(number(text(dataset, keyword)) or 0)
+
+        allocated, samples = whole("BitsAllocated"), whole("SamplesPerPixel")
+        photometric = text(dataset, "PhotometricInterpretation").upper()
+        fits = samples == 0 or (samples == 3) == (photometric in _COLOUR)
+        if photometric not in _GREY | _COLOUR or not fits:
+            photometric = "RGB" if samples == 3 else "MONOCHROME2"
+        samples = samples or (1 if photometric in _GREY else 3)
+        stored, high = whole("BitsStored"), whole("HighBit")
+        stored = stored if 0 < stored <= allocated else allocated
+        layout = cls(
+            rows=whole("Rows"),
+            columns=whole("Columns"),
+            samples=samples,
+            frames=whole("NumberOfFrames") or 1,
+            bits_allocated=allocated,
+            bits_stored=stored,
+            signed=whole("PixelRepresentation") == 1,
+            photometric=photometric,
+            high_bit=high if stored <= high + 1 <= allocated else stored - 1,
+            planar=int(samples > 1 and whole("PlanarConfiguration") == 1),
+        )
+        if min(layout.rows, layout.columns, layout.frames) < 1:
             raise RejectedError("holds no image: rows, columns or frames are missing")
-        if layout.bits_allocated != 1 and layout.bits_allocated not in range(2, 65):
+        if samples not in (1, 3) or not 1 <= allocated <= 64:
             raise RejectedError(
-                f"says {allocated} bits allocated: no pixel is like that"
+                f"says {samples} samples of {allocated} bits: no pixel is like that"
             )
         return layout
 
     @property
-    def frame_bits(self) -> int:
-        """Size of one frame; native 4:2:2 has two samples a pixel (C.7.6.3.1.2)."""
-        samples = 2 if self.photometric.endswith("_422") else self.samples
-        return self.rows * self.columns * samples * self.bits_allocated
+    def frame_samples(self) -> int:
+        """Samples of a frame; native 4:2:2 has two a pixel (PS3.3 C.7.6.3.1.2)."""
+        of_pixel = 2 if self.photometric.endswith("_422") else self.samples
+        return self.rows * self.columns * of_pixel
 
     @property
     def size(self) -> int:
-        """Bytes of all decoded frames."""
-        return (self.frames * self.frame_bits + 7) // 8
+        """Bytes of all frames, as they lie in native pixel data."""
+        return (self.frames * self.frame_samples * self.bits_allocated + 7) // 8
+
+    def attributes(self) -> dict[str, int | str]:
+        """Keyword -> value of the attributes that a header must have."""
+        grey: dict[str, int | str] = {
+            "SamplesPerPixel": self.samples,
+            "PhotometricInterpretation": self.photometric,
+            "BitsAllocated": self.bits_allocated,
+            "BitsStored": self.bits_stored,
+            "HighBit": self.high_bit,
+            "PixelRepresentation": int(self.signed),
+        }
+        return grey | ({"PlanarConfiguration": self.planar} if self.samples > 1 else {})
+
+    def differences(self, dataset: Dataset) -> Iterator[str]:
+        """What a header lacks or can't mean, and how it was taken."""
+        for keyword, value in self.attributes().items():
+            if (said := text(dataset, keyword)) != str(value):
+                yield f"{keyword} {said or 'was missing'}: taken as {value}"
 
     def decoded(self, facts: "StreamFacts") -> Self:
         """The layout of the decoded pixels, by what their codestream says."""
-        changes: dict[str, Any] = {}
-        # The other codecs know nothing of unused bits: a stream of 16 bits is a cell.
-        if facts.codec in ("JPEG 2000", "HTJ2K"):
-            changes["bits_stored"] = max(self.bits_stored, facts.precision)
-        if facts.precision > self.bits_allocated or self.bits_allocated % 8:
-            doublings = max(0, (facts.precision - 1).bit_length() - 3)
-            changes["bits_allocated"] = 8 << doublings
-            changes["bits_stored"] = facts.precision
-        if facts.comes_out_rgb:
-            changes["photometric"] = "RGB"
-        elif self.photometric.endswith("_422"):
-            changes["photometric"] = self.photometric.removesuffix("_422")
-        return replace(self, **changes)
+        allocated, photometric = self.bits_allocated, self.photometric
+        if facts.precision > allocated or allocated % 8:
+            allocated = 8 << max(0, (facts.precision - 1).bit_length() - 3)
+        photometric = "RGB" if facts.comes_out_rgb else photometric.removesuffix("_422")
+        return replace(
+            self, bits_allocated=allocated, photometric=photometric, planar=0
+        )
+
+
+_GREY = frozenset(("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"))
+_COLOUR = frozenset(
+    (
+        *("RGB", "HSV", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422"),
+        *("YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What decoding makes of an image."""
+
+    values: NDArray[Any]
+    """Stored values, little endian, (frames, …) in the order of native pixel data."""
+    layout: PixelLayout
+    """How they lie there, as the header must say."""
+    codec: str
+    """Of the codestream; empty where the pixels were native."""
+    overlays: Mapping[int, bytes]
+    """Group -> overlay data that stood in unused bits."""
+    notes: list[str]
+    """What had to be mended or left out."""
+
+
+def decode(
+    dataset: Dataset,
+    limit_mb: int = config.Config.max_image_mb,
+    middle_only: bool = False,
+) -> Pixels:
+    """Stored values of an image, by one rule for every transfer syntax.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        As `read_dicom` returns it, or an item of it such as an icon.
+    limit_mb : int
+        Refuse images that would take more megabytes.
+    middle_only : bool
+        Decode the one frame that stands for a multi-frame image.
+
+    Raises
+    ------
+    RejectedError
+        No image, or one that is damaged, too large or contradicts its header.
+    Exception
+        Whatever imagecodecs raises on a damaged stream.
+    """
+    element: Any = dataset.get_item(PIXEL_DATA)
+    if element is None or not element.value:
+        raise RejectedError("holds no image")
+    layout, value = PixelLayout.of(dataset), element.value
+    notes = list(layout.differences(dataset))
+    uid = UID(text(getattr(dataset, "file_meta", Dataset()), "TransferSyntaxUID"))
+    is_known = uid.is_transfer_syntax or not uid
+    if _NOT_STILL_IMAGES.fullmatch(uid):
+        raise RejectedError(f"{uid.name} is not for this program")
+    if layout.size > min(limit_mb << 20, UNDEFINED_LENGTH - 1):
+        size_mb = layout.size >> 20
+        raise RejectedError(f"would decode to {size_mb} MB: see --max-image-mb")
+    middle = layout.frames // 2
+    wanted = slice(middle, middle + 1) if middle_only else slice(None)
+    precision, codec = 0, ""
+    wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
+    if wrapped or getattr(element, "length", 0) == UNDEFINED_LENGTH:
+        streams = _streams(value, layout.frames, notes)
+        facts = stream_facts(streams[0], layout)
+        precision, codec = facts.precision, facts.codec
+        if codec not in _CODECS.get(uid, codec):
+            notes.append(f"said {uid.name}, is {codec}")
+        frames = [decode_stream(one, layout, notes) for one in streams[wanted]]
+        values = frames[0][None] if len(frames) == 1 else np.stack(frames)
+        layout = layout.decoded(facts)
+    elif not is_known:  # some have another byte order
+        raise RejectedError(f"has an unknown transfer syntax: {uid}")
+    else:
+        values = _native(value, element.VR, layout, uid, notes)[wanted]
+        layout = replace(layout, bits_allocated=8 * values.itemsize)
+    planes = _embedded_overlays(dataset, layout)
+    if middle_only and layout.frames > 1 and not _fits(values, layout):
+        # Whether more bits are used than the header says, all frames decide.
+        whole = decode(dataset, limit_mb)
+        return replace(whole, values=whole.values[wanted])
+    overlays = {
+        group: np.packbits(_bits(values) >> bit & 1, bitorder="little").tobytes()
+        for group, bit in planes.items()
+    }
+    values, layout = _stored(values, layout, planes.values(), precision, notes)
+    return Pixels(values, layout, codec, overlays, notes)
+
+
+def _native(
+    value: bytes, vr: str, layout: PixelLayout, uid: UID, notes: list[str]
+) -> NDArray[Any]:
+    """Samples of native pixel data, (frames, samples) in the order of storage."""
+    little = not uid or uid.is_little_endian
+    if uid and uid.is_compressed and not uid.is_deflated:
+        notes.append("said compressed, is not")
+    bits, count = layout.bits_allocated, layout.frames * layout.frame_samples
+    if len(value) < layout.size:
+        raise RejectedError(
+            f"is truncated: {len(value)} of {layout.size} bytes of pixels"
+        )
+    if (excess := len(value) - layout.size) > 1:
+        notes.append(f"{excess} bytes after the last frame left out")
+    if not little and bits < 16 and vr == "OW":  # PS3.5 A.3: words are swapped
+        value = np.frombuffer(value, "u2", len(value) // 2).byteswap().tobytes()
+    if not little and bits > 16 and vr == "OW":
+        notes.append(f"bytes were swapped in words of {bits} bits")
+    if bits in (1, 12):
+        samples = _unpacked(np.frombuffer(value, np.uint8), bits, count)
+    elif bits in (8, 16, 32, 64):
+        kind = f"{'<' if little else '>'}{'i' if layout.signed else 'u'}{bits // 8}"
+        samples = np.frombuffer(value, kind, count)
+    else:
+        raise RejectedError(f"has native pixels of {bits} bits")
+    return samples.astype(samples.dtype.newbyteorder("<"), copy=False).reshape(
+        layout.frames, -1
+    )
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[Any]:
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little")
+    nibbles = packed[:, None] >> (0, 4) & 15
+    three = nibbles.ravel()[: 3 * count].reshape(-1, 3).astype("<u2")
+    return np.asarray(three[:, 0] | three[:, 1] << 4 | three[:, 2] << 8)
+
+
+def _bits(samples: NDArray[Any]) -> NDArray[Any]:
+    return samples.view(f"u{samples.itemsize}")
+
+
+def _fits(samples: NDArray[Any], layout: PixelLayout) -> bool:
+    """Whether nothing stands outside the stored bits: then nothing is to be done."""
+    low, size = layout.high_bit + 1 - layout.bits_stored, 1 << layout.bits_stored
+    if layout.bits_stored == 8 * samples.itemsize:
+        return True
+    if samples.dtype.kind == "u":
+        return low == 0 and bool(samples.max() < size)
+    return low == 0 and bool(-size // 2 <= samples.min() and samples.max() < size // 2)
+
+
+def _stored(
+    samples: NDArray[Any],
+    layout: PixelLayout,
+    named: Iterable[int],
+    precision: int,
+    notes: list[str],
+) -> tuple[NDArray[Any], PixelLayout]:
+    """The stored values of decoded samples: what is outside BitsStored is no pixel.
+
+    Bits outside that vary from sample to sample and are not `named` as an overlay tell
+    that the header is wrong, not the image: then BitsStored grows. Those that only
+    repeat the sign are its extension, and those that never change mean nothing.
+    """
+    if not _fits(samples, layout):
+        bits, top = _bits(samples), layout.high_bit + 1
+        low, width = top - layout.bits_stored, 8 * samples.itemsize
+        if mask := sum(1 << bit for bit in named):
+            bits = bits & ~bits.dtype.type(mask)
+        flat = bits.ravel()
+        varying = int(np.bitwise_or.reduce(flat)) & ~int(np.bitwise_and.reduce(flat))
+        used = varying.bit_length()
+        if layout.signed:
+            changes = int(np.bitwise_or.reduce(flat ^ flat >> 1))
+            while used > top and not changes >> used - 2 & 1:
+                used -= 1
+        low, top = 0 if varying & (1 << low) - 1 else low, max(used, top)
+        samples = (bits << width - top).view(samples.dtype) >> width - top + low
+        if top - low != (stored := layout.bits_stored):
+            layout = replace(layout, bits_stored=max(top, precision) - low)
+            notes.append(f"bits stored {stored} -> {layout.bits_stored}: more are used")
+    return samples, replace(layout, high_bit=layout.bits_stored - 1)
+
+
+def _embedded_overlays(dataset: Dataset, layout: PixelLayout) -> dict[int, int]:
+    """Group -> bit of the overlays that stand in unused bits (PS3.3 C.9.2, retired)."""
+    found = {}
+    for group in range(0x6000, 0x6020, 2):
+        position = dataset.get((group, 0x0102))
+        if position is not None and (group, 0x3000) not in dataset:
+            bit = int(number(str(position.value)) or 0)
+            unused = (
+                bit > layout.high_bit or bit <= layout.high_bit - layout.bits_stored
+            )
+            if unused and 0 <= bit < layout.bits_allocated:
+                found[group] = bit
+    return found
+
+
+def decode_frame(dataset: Dataset) -> NDArray[Any]:
+    """The frame that stands for the image: the middle one of a multi-frame.
+
+    Returns
+    -------
+    ndarray, (rows, columns) or (rows, columns, 3)
+        Stored values; of YBR_FULL, RGB. The same for a file and phase 1's copy of it.
+
+    Raises
+    ------
+    RejectedError, Exception
+        As `decode`.
+    """
+    pixels = decode(dataset, middle_only=True)
+    layout = pixels.layout
+    flat: NDArray[Any] = pixels.values.ravel()
+    if layout.photometric.endswith("_422"):
+        data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
+        flat = np.frombuffer(data, flat.dtype)
+    if layout.planar:
+        flat = flat.reshape(layout.samples, -1).T
+    shape = (layout.rows, layout.columns, layout.samples)
+    frame = flat.reshape(shape if layout.samples > 1 else shape[:2])
+    if layout.photometric.startswith(("YBR_FULL", "YBR_PARTIAL")):
+        return convert_color_space(frame, "YBR_FULL", "RGB")
+    return frame
+
+
+# Codestreams: PS3.5 8.2 and A.4. imagecodecs says nothing of a stream that ends early,
+# so that is checked here. Its special codec for HTJ2K is left aside: where a lossy
+# stream overshoots 16 bits, OpenJPH turns white into black (imagecodecs 2026.3.6);
+# OpenJPEG, which reads HTJ2K too, clips.
+
+_CODECS = {
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG" for number in range(50, 57)},
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG Lossless" for number in (57, 58, 70)},
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG-LS" for number in (80, 81)},
+    **{f"1.2.840.10008.1.2.4.{number}": "JPEG 2000" for number in (90, 91)},
+    **{f"1.2.840.10008.1.2.4.{number}": "HTJ2K" for number in (201, 202, 203)},
+    "1.2.840.10008.1.2.5": "RLE",
+}
+"""The codec that each transfer syntax promises; the codestream has the last word."""
+
+_NOT_STILL_IMAGES = re.compile(
+    r"1\.2\.840\.10008\.1\.2\.(4\.(9[2-9]|1\d\d|20[4-9])|6\.\d+|[78]\..*)"
+)
+"""Video, JPIP, JPEG XL, JPEG 2000 part 2, XML and so on (PS3.6 table A-1)."""
 
 
 @dataclass(frozen=True)
@@ -902,69 +1151,40 @@ class StreamFacts:
     """The decoder must be told to convert to RGB."""
 
 
-def compressed_frames(value: memoryview, frames: int) -> list[list[memoryview]]:
-    """Split encapsulated pixel data (PS3.5 A.4) into the fragments of each frame.
+def _streams(value: bytes, count: int, notes: list[str]) -> list[Any]:
+    """The codestream of each frame (PS3.5 A.4).
 
-    Raises
-    ------
-    RejectedError
-        A fragment reaches beyond the data, or fragments and frames don't match.
+    A frame begins with a fragment that opens like the first. The offset table, which
+    may be missing or wrong, is not needed.
     """
-    table, *fragments = _fragments(value)
-    if frames == 1:
-        return [[data for _, data in fragments]]
-    if len(fragments) == frames:
-        return [[data] for _, data in fragments]
-    whole = table[1][: len(table[1]) // 4 * 4]
-    opening = (b"\xff\xd8\xff", b"\xff\x4f\xff")
-    by_table = {at for (at,) in struct.iter_unpack("<L", whole)}
-    by_marker = {at for at, data in fragments if bytes(data[:3]) in opening}
-    for starts in (by_table, by_marker):  # the table may be missing or wrong
-        grouped = _grouped(fragments, starts)
-        if len(grouped) == frames:
-            return grouped
-    raise RejectedError(f"has {len(fragments)} fragments for {frames} frames")
-
-
-def _grouped(
-    fragments: Iterable[tuple[int, memoryview]], starts: Container[int]
-) -> list[list[memoryview]]:
-    """The fragments of each frame; `starts` has the offsets of the first ones."""
-    grouped: list[list[memoryview]] = []
-    for at, data in fragments:
-        if at in starts:
-            grouped.append([])
-        if grouped:
-            grouped[-1].append(data)
-    return grouped
-
-
-def joined(fragments: Sequence[memoryview]) -> Buffer:
-    """A frame's codestream: copied only where it has several fragments."""
-    return fragments[0] if len(fragments) == 1 else b"".join(fragments)
-
-
-def _fragments(value: memoryview) -> list[tuple[int, memoryview]]:
-    """Offset table and fragments, with offsets counted as the table counts them."""
-    items: list[tuple[int, memoryview]] = []
-    at = first = 0
-    while at + 8 <= len(value):
-        group, element, length = struct.unpack_from("<HHL", value, at)
-        if (group, element) != (0xFFFE, 0xE000):
-            break
-        if at + 8 + length > len(value):
-            raise RejectedError(
-                "is truncated: a fragment reaches beyond the pixel data"
-            )
-        items.append((at - first, value[at + 8 : at + 8 + length]))
-        at += 8 + length
-        first = first or at
-    if len(items) < 2:
+    fragments, at, view = [], 0, memoryview(value)
+    while value[at : at + 4] == _ITEM:
+        end = at + 8 + int.from_bytes(value[at + 4 : at + 8], "little")
+        if end > len(value):
+            raise RejectedError("is truncated: a fragment reaches beyond the pixels")
+        fragments.append(view[at + 8 : end])
+        at = end
+    fragments = fragments[1:]  # the first is the offset table
+    if not fragments or not len(fragments[0]):
         raise RejectedError("the compressed pixel data is empty")
-    return items
+    opening = bytes(fragments[0][: 3 if fragments[0][0] == 0xFF else 8])
+    frames: list[list[Any]] = []
+    for one in fragments:
+        if one[: len(opening)] == opening or len(fragments) == count:
+            frames.append([])
+        frames[-1].append(one)
+    if len(frames) < count:
+        raise RejectedError(f"has {len(frames)} codestreams for {count} frames")
+    if spare := sum(len(one) for parts in frames[count:] for one in parts):
+        notes.append(f"{spare} bytes of more frames than it says left out")
+    return [
+        parts[0] if len(parts) == 1 else b"".join(parts) for parts in frames[:count]
+    ]
 
 
-def decode_stream(stream: Buffer, layout: PixelLayout) -> NDArray[Any]:
+def decode_stream(
+    stream: Any, layout: PixelLayout, notes: list[str] | None = None
+) -> NDArray[Any]:
     """Decode one compressed frame.
 
     Parameters
@@ -979,13 +1199,6 @@ def decode_stream(stream: Buffer, layout: PixelLayout) -> NDArray[Any]:
     ndarray, (rows, columns) or (rows, columns, samples)
         Little endian, laid out as `PixelLayout.decoded` says; masked or sign-extended
         from the stream's own precision.
-
-    Raises
-    ------
-    RejectedError
-        The stream ends early or contradicts the header.
-    Exception
-        Whatever the decoder raises on a damaged stream.
     """
     facts = stream_facts(stream, layout)
     shape = (layout.rows, layout.columns, layout.samples)
@@ -994,158 +1207,136 @@ def decode_stream(stream: Buffer, layout: PixelLayout) -> NDArray[Any]:
             f"the {facts.codec} stream is {facts.columns}×{facts.rows}×{facts.samples},"
             f" the header says {layout.columns}×{layout.rows}×{layout.samples}"
         )
-    pixels = _DECODERS[facts.codec](stream, facts, layout)
+    if facts.codec == "RLE":
+        pixels = _decode_rle(stream, layout, notes if notes is not None else [])
+    elif facts.codec == "JPEG-LS":
+        pixels = np.asarray(imagecodecs.jpegls_decode(stream))
+    elif facts.codec in ("JPEG 2000", "HTJ2K"):
+        pixels = np.asarray(imagecodecs.jpeg2k_decode(stream))
+    else:
+        pixels = _decode_jpeg(stream, facts)
     if pixels.ndim == 3 and pixels.shape[-1] != layout.samples:
         pixels = np.moveaxis(pixels, 0, -1)
-    pixels = pixels.reshape(shape[:2] if layout.samples == 1 else shape)
-    return _container(pixels, facts.precision, layout.decoded(facts))
+    pixels = _bits(
+        np.ascontiguousarray(pixels.reshape(shape if layout.samples > 1 else shape[:2]))
+    )
+    spare, kind = 8 * pixels.itemsize - facts.precision, "i" if layout.signed else "u"
+    if spare > 0:
+        pixels = (pixels << spare).view(f"{kind}{pixels.itemsize}") >> spare
+    size = layout.decoded(facts).bits_allocated // 8
+    return pixels.view(f"{kind}{pixels.itemsize}").astype(f"<{kind}{size}", copy=False)
 
 
-def _container(
-    pixels: NDArray[Any], precision: int, layout: PixelLayout
-) -> NDArray[Any]:
-    """Mask or sign-extend to the stream's precision, then widen to bits_allocated."""
-    unsigned = pixels.view(f"u{pixels.itemsize}")
-    spare = 8 * pixels.itemsize - precision
-    if layout.signed:
-        pixels = unsigned.view(f"i{pixels.itemsize}")
-        if spare:
-            pixels = pixels << spare >> spare
-    else:
-        pixels = unsigned & ((1 << precision) - 1) if spare > 0 else unsigned
-    kind = "i" if layout.signed else "u"
-    return pixels.astype(f"<{kind}{layout.bits_allocated // 8}", copy=False)
-
-
-def _decode_jpeg(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
+def _decode_jpeg(stream: Any, facts: StreamFacts) -> NDArray[Any]:
     """Decode, and refuse a stream whose data end before its image.
 
     libjpeg fills up such an image without a word. Where the last samples look like
-    that, the stream is decoded again with more data before its end marker: a whole one
-    never reads them.
+    that, the stream is decoded again with more data before its end marker, and before
+    the fill bytes there (ISO 10918-1 B.1.1.2): a whole one never reads them.
     """
-    pixels = _decode_any_jpeg(stream, facts, layout)
-    if _looks_filled_up(pixels):
+    space: dict[str, Any] = {
+        "colorspace": "YCBCR" if facts.is_ycbcr else "RGB",
+        "outcolorspace": "RGB",
+    }
+    options = space if facts.samples == 3 else {}
+    pixels = np.asarray(imagecodecs.jpeg8_decode(stream, **options))
+    corner = (pixels if pixels.ndim == 2 else pixels[..., 0])[-2:, -5:].astype(np.int64)
+    steps = np.diff(corner[-1]), corner[-1] - corner[0]
+    if any(np.all(step == step[:1]) for step in steps):
         data = bytes(stream)
-        end = data.rindex(b"\xff\xd9")
+        end = len(data[: data.rindex(b"\xff\xd9")].rstrip(b"\xff"))
         longer = data[:end] + b"\x55" * 64 + data[end:]
-        if not np.array_equal(pixels, _decode_any_jpeg(longer, facts, layout)):
+        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(longer, **options)):
             raise RejectedError("is truncated: the codestream ends before the image")
     return pixels
 
 
-def _looks_filled_up(pixels: NDArray[Any]) -> bool:
-    """Whether the last samples go on in equal steps, along the row or down to it."""
-    plane = pixels if pixels.ndim == 2 else pixels[..., 0]
-    corner = plane[-2:, -5:].astype(np.int64)
-    steps = np.diff(corner[-1]), corner[-1] - corner[0]
-    return any(np.all(step == step[:1]) for step in steps)
+def _decode_rle(stream: Any, layout: PixelLayout, notes: list[str]) -> NDArray[Any]:
+    """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
+    size, plane = layout.bits_allocated // 8, layout.rows * layout.columns
+    count, *starts = struct.unpack_from("<16L", stream)
+    if count != size * layout.samples:
+        raise RejectedError(f"has {count} RLE segments, not {size * layout.samples}")
+    decoded, excess = np.empty((plane, layout.samples, size), np.uint8), 0
+    for index, end in enumerate([*starts[1:count], len(stream)]):
+        segment = imagecodecs.packbits_decode(stream[starts[index] : end])
+        if len(segment) < plane:
+            raise RejectedError("is truncated: an RLE segment is too short")
+        sample, byte = divmod(index, size)
+        decoded[:, sample, -1 - byte] = np.frombuffer(segment, np.uint8, plane)
+        excess += len(segment) - plane
+    if excess:
+        notes.append(f"{excess} bytes after its RLE segments left out")
+    return decoded.view(f"<u{size}").reshape(layout.rows, layout.columns, -1)
 
 
-def _decode_any_jpeg(
-    stream: Any, facts: StreamFacts, layout: PixelLayout
-) -> NDArray[Any]:
-    if layout.samples == 1:
-        return np.asarray(imagecodecs.jpeg8_decode(stream))
-    space = "YCBCR" if facts.is_ycbcr else "RGB"
-    return np.asarray(
-        imagecodecs.jpeg8_decode(stream, colorspace=space, outcolorspace="RGB")
-    )
+def stream_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
+    """Read a codestream's header; RLE (PS3.5 annex G) has none of these facts.
 
-
-def _decode_rle(stream: Any, facts: StreamFacts, layout: PixelLayout) -> NDArray[Any]:
-    dtype = f"<u{layout.bits_allocated // 8}"
-    decoded = imagecodecs.dicomrle_decode(stream, dtype)
-    if len(decoded) != layout.frame_bits // 8:
-        raise RejectedError("is truncated: the RLE segments are too short or too long")
-    planes = np.frombuffer(decoded, dtype).reshape(-1, facts.rows, facts.columns)
-    return np.moveaxis(planes, 0, -1)
-
-
-def _decode_j2k(stream: Any, *_: object) -> NDArray[Any]:
-    return np.asarray(imagecodecs.jpeg2k_decode(stream))
-
-
-_DECODERS: dict[str, Callable[[Any, StreamFacts, PixelLayout], NDArray[Any]]] = {
-    "JPEG": _decode_jpeg,
-    "JPEG Lossless": _decode_jpeg,
-    "JPEG-LS": lambda stream, *_: np.asarray(imagecodecs.jpegls_decode(stream)),
-    "JPEG 2000": _decode_j2k,
-    "HTJ2K": _decode_j2k,
-    "RLE": _decode_rle,
-}
-
-
-def stream_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
-    """Read a codestream's header; RLE (PS3.5 annex G) has none of these facts."""
+    JPEG, JPEG-LS and JPEG 2000 streams end with FFD9; some writers pad them.
+    """
     start = bytes(stream[:12])
-    if start.startswith(b"\xff\xd8"):
-        _check_end(stream)
-        return _jpeg_facts(stream, layout)
-    if start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
-        _check_end(stream)
-        return _j2k_facts(stream, layout)
+    is_jpeg = start.startswith(b"\xff\xd8")
+    if is_jpeg or start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
+        if not any(b"\xff\xd9" in bytes(p) for p in (stream[-256:], stream[256:])):
+            raise RejectedError("is truncated: the codestream has no end marker")
+        return (_jpeg_facts if is_jpeg else _j2k_facts)(stream, layout)
     if not 1 <= start[0] <= 15 or start[1:4] != b"\0\0\0" or layout.bits_allocated % 8:
         raise RejectedError(f"no codestream of a known kind: starts with {start.hex()}")
-    return StreamFacts(
-        "RLE", layout.rows, layout.columns, layout.samples, layout.bits_allocated
-    )
+    shape = layout.rows, layout.columns, layout.samples
+    return StreamFacts("RLE", *shape, layout.bits_allocated)
 
 
-def _check_end(stream: Buffer) -> None:
-    """JPEG, JPEG-LS and JPEG 2000 streams end with FFD9; some writers pad them."""
-    if not any(b"\xff\xd9" in bytes(part) for part in (stream[-256:], stream[256:])):
-        raise RejectedError("is truncated: the codestream has no end marker")
-
-
-def _jpeg_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
+def _jpeg_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
     """The frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2)."""
-    at, jfif = 2, False
+    at, jfif, marker = 2, False, 0
     while at + 10 <= len(stream):
         marker, length = struct.unpack_from(">HH", stream, at)
-        if marker == 0xFFE0 and bytes(stream[at + 4 : at + 8]) == b"JFIF":
-            jfif = True
-        if marker == 0xFFF7 or marker in _FRAME_MARKERS:
+        if marker in _FRAME_MARKERS or marker == 0xFFDA or marker < 0xFFC0:
             break
-        if marker == 0xFFDA or marker < 0xFFC0:
-            raise RejectedError("the JPEG stream has no frame header")
+        jfif |= marker == 0xFFE0 and bytes(stream[at + 4 : at + 8]) == b"JFIF"
         at += 1 if marker == 0xFFFF else 2 + length
-    else:
+    if marker not in _FRAME_MARKERS or at + 10 > len(stream):
         raise RejectedError("the JPEG stream has no frame header")
     precision, rows, columns, samples = struct.unpack_from(">BHHB", stream, at + 4)
     ids = bytes(stream[at + 10 : at + 10 + 3 * samples : 3])
-    lossless = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}
-    codec = lossless.get(marker, "JPEG")
-    says_ybr = "YBR" in layout.photometric or jfif
-    rgb = codec == "JPEG" and samples == 3 and says_ybr
-    is_ycbcr = rgb and ids not in (b"RGB", b"rgb")
+    codec = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}.get(marker, "JPEG")
+    rgb = codec == "JPEG" and samples == 3 and ("YBR" in layout.photometric or jfif)
     # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
     share = 64 if codec == "JPEG" else 1
     if codec != "JPEG-LS" and 8 * len(stream) < rows * columns // share:
         raise RejectedError("is truncated: so short a codestream has no such image")
+    is_ycbcr = rgb and ids not in (b"RGB", b"rgb")
     return StreamFacts(codec, rows, columns, samples, precision, rgb, is_ycbcr)
 
 
-_FRAME_MARKERS = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
+_FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
-def _j2k_facts(stream: Buffer, layout: PixelLayout) -> StreamFacts:
+def _j2k_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
     """The SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
     at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
     if at < 0 or at + 44 > len(stream):
         raise RejectedError("the JPEG 2000 stream has no SIZ segment")
-    capabilities, right, bottom, left, top = struct.unpack_from(
-        ">HLLLL", stream, at + 6
-    )
+    able, right, bottom, left, top = struct.unpack_from(">HLLLL", stream, at + 6)
     samples, depth = struct.unpack_from(">HB", stream, at + 40)
-    return StreamFacts(
-        codec="HTJ2K" if capabilities & 0x4000 else "JPEG 2000",
-        rows=bottom - top,
-        columns=right - left,
-        samples=samples,
-        precision=(depth & 0x7F) + 1,
-        comes_out_rgb=layout.photometric in ("YBR_RCT", "YBR_ICT"),
-    )
+    codec, precision = "HTJ2K" if able & 0x4000 else "JPEG 2000", (depth & 0x7F) + 1
+    rgb = layout.photometric in ("YBR_RCT", "YBR_ICT")
+    shape = bottom - top, right - left, samples
+    return StreamFacts(codec, *shape, precision, rgb)
+
+
+# --- The picture --------------------------------------------------------------------
+# Owns what the VLM sees of an image. Never asks what the image is.
+
+MIN_SIDE_PX = 32
+"""Smaller images show nothing; a thumbnail was taken for a flat field."""
+
+MAX_ASPECT = 16.0
+"""Height of a pixel over its width, or the inverse; beyond it the header errs."""
+
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+"""Grey of RGB (ITU-R BT.601)."""
 
 
 @dataclass(frozen=True)
@@ -1173,19 +1364,44 @@ def prepare_image(path: Path) -> PreparedImage:
     Raises
     ------
     RejectedError
-        Not an image, not decodable, or every pixel has the same value.
+        Not an image, not decodable, too small, or every pixel has the same value;
+        whatever else one file provokes is its own failure, too.
     """
-    dataset = read_dicom(path)
-    pixels = decode_frame(dataset)
-    if pixels.min() == pixels.max():
-        raise RejectedError(f"has no contrast: every pixel is {pixels.flat[0]}")
-    small = _reduce(_display_values(pixels, dataset), _pixel_aspect(dataset))
-    view = _pad(_window(small))
+    try:
+        dataset = read_dicom(path)
+        return _prepared(decode_frame(dataset), dataset)
+    except RejectedError:
+        raise
+    except OSError as error:
+        raise RejectedError(f"can't be read: {error.strerror}") from None
+    except Exception as error:  # decoders and broken headers raise all kinds
+        name = type(error).__name__
+        raise RejectedError(f"can't be decoded: {name}: {error}") from None
+
+
+def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
+    if min(pixels.shape[:2]) < MIN_SIDE_PX:
+        rows, columns = pixels.shape[:2]
+        raise RejectedError(
+            f"is too small: {columns}×{rows} pixels, {MIN_SIDE_PX} a side are needed"
+        )
+    padding = _padding(pixels, dataset)
+    is_padded = bool(padding.any())
+    content = pixels[~padding] if is_padded else pixels
+    if not content.size or content.min() == content.max():
+        value = content.flat[0] if content.size else "padding"
+        raise RejectedError(f"has no contrast: every pixel is {value}")
+    values, aspect = _display_values(pixels, dataset), _pixel_aspect(dataset)
+    share = np.ones(0)
+    if is_padded:
+        values[padding] = np.median(values[~padding])  # else it bleeds inwards
+        share = _reduce((~padding).astype(np.float32), aspect)
+    view = _pad(_window(_reduce(values, aspect), share))
     png = io.BytesIO()
     Image.fromarray(view).save(png, "PNG", compress_level=1)
     return PreparedImage(
-        image_id=_digest(pixels),
-        view_id=_digest(view),
+        image_id=digest_of(pixels),
+        view_id=digest_of(view),
         png=png.getvalue(),
         header=header_facts(dataset),
     )
@@ -1207,7 +1423,7 @@ HEADER_FACTS = {
 """What phase 3 needs of a header: the first attribute that has a value."""
 
 
-def header_facts(dataset: pydicom.Dataset) -> dict[str, str]:
+def header_facts(dataset: Dataset) -> dict[str, str]:
     """The header facts of an image, as texts of one line."""
     facts = {}
     for name, keywords in HEADER_FACTS.items():
@@ -1217,14 +1433,12 @@ def header_facts(dataset: pydicom.Dataset) -> dict[str, str]:
     return facts
 
 
-def _header_text(dataset: pydicom.Dataset, keyword: str) -> str:
-    try:
-        value = dataset.get(keyword)
-    except Exception:  # pydicom raises whatever a broken value provokes
-        return ""
-    if keyword == "ExposureInuAs" and value:
-        value = f"{float(value) / 1000:g}"
-    return " ".join(str("" if value is None else value).split())[:200]
+def _header_text(dataset: Dataset, keyword: str) -> str:
+    value = text(dataset, keyword)
+    if keyword == "ExposureInuAs":
+        micro = number(value)
+        value = "" if micro is None else f"{micro / 1000:g}"
+    return " ".join(value.split())[:200]
 
 
 # The second reader's view of the picture.
@@ -1336,40 +1550,41 @@ def preparation() -> dict[str, Any]:
     }
 
 
-def _digest(array: NDArray[Any]) -> str:
+def digest_of(array: NDArray[Any]) -> str:
+    """SHA-256 of an array: its dtype, its shape and its values."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     digest = hashlib.sha256(f"{little.dtype.str}{little.shape}".encode())
     digest.update(little.data)
     return digest.hexdigest()
 
 
-def _display_values(
-    pixels: NDArray[Any], dataset: pydicom.Dataset
-) -> NDArray[np.float32]:
+def _display_values(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float32]:
     """Grey values that rise with displayed brightness, float32 (rows, columns).
 
     PS3.3 C.11.1 (modality LUT) and C.7.6.3.1.2 (MONOCHROME1: the lowest value is
     white). A VOI window is left out: the window below is taken from the image, because
     headers carry clinical windows that hide a test object.
     """
+    with suppress(Exception), _silence():  # a table that can't be read is none
+        if text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, dataset)
+        elif pixels.ndim == 2 and dataset.get("ModalityLUTSequence"):
+            pixels = apply_modality_lut(pixels, dataset)
     if pixels.ndim == 3:
-        return np.asarray(pixels @ np.array([0.299, 0.587, 0.114]), np.float32)
-    if dataset.get("ModalityLUTSequence"):
-        pixels = apply_modality_lut(pixels, dataset)
-    falling = float(dataset.get("RescaleSlope") or 1) < 0
-    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+        return np.asarray(pixels[..., :3] @ LUMINANCE, np.float32)
+    falling = (number(text(dataset, "RescaleSlope")) or 1) < 0
+    inverted = text(dataset, "PhotometricInterpretation").upper() == "MONOCHROME1"
     values = pixels.astype(np.float32)
     return -values if inverted != falling else values
 
 
-def _pixel_aspect(dataset: pydicom.Dataset) -> float:
+def _pixel_aspect(dataset: Dataset) -> float:
     """Height of a pixel over its width (PS3.3 10.7.1.3, C.7.6.3.1.7); 1 if unknown."""
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
-        value = dataset.get(keyword)
-        if isinstance(value, Sequence) or hasattr(value, "__len__"):
-            sizes = [float(size) for size in value or ()]
-            if len(sizes) == 2 and min(sizes) > 0:
-                return sizes[0] / sizes[1]
+        sizes = [number(one) or 0.0 for one in texts(dataset, keyword)]
+        aspect = sizes[0] / sizes[1] if len(sizes) == 2 and min(sizes) > 0 else 0.0
+        if 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+            return aspect
     return 1.0
 
 
@@ -1382,17 +1597,48 @@ def _reduce(values: NDArray[np.float32], aspect: float) -> NDArray[np.float32]:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
-def _window(small: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks."""
-    low, high = np.percentile(small, config.WINDOW_PERCENTILES)
+def _padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
+    """Which pixels are no image, bool (rows, columns) (PS3.3 C.7.5.1.1.2).
+
+    Their stored values are PixelPaddingValue, or reach from it to the range limit. A
+    value that its VR gives another sign is brought into the range of the pixels.
+    """
+    ends = [
+        number(text(dataset, keyword))
+        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    ]
+    if pixels.ndim == 3 or ends[0] is None:
+        return np.zeros(pixels.shape[:2], bool)
+    known = np.array([int(one) for one in ends if one is not None])
+    low, high = np.sort(known.astype(pixels.dtype))[[0, -1]]
+    return np.asarray((low <= pixels) & (pixels <= high))
+
+
+def _window(
+    small: NDArray[np.float32], share: NDArray[np.floating[Any]]
+) -> NDArray[np.uint8]:
+    """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks.
+
+    `share` tells how much of a pixel is image, 0 to 1; it is empty where there is no
+    padding. Padding has no part in the window, and is drawn as what stands beside the
+    image.
+    """
+    inside = share > 0.99 if share.size else np.ones(small.shape, bool)
+    inside = inside if inside.any() else share >= share.max()
+    content = small[inside]
+    low, high = np.percentile(content, config.WINDOW_PERCENTILES)
     if low == high:
-        low, high = small.min(), small.max()
-    width = max(high - low, config.WINDOW_MIN_NOISE_SDS * _noise_sd(small), 1e-6)
+        low, high = content.min(), content.max()
+    noise = _noise_sd(small, inside)
+    width = max(high - low, config.WINDOW_MIN_NOISE_SDS * noise, 1e-6)
     scaled = (small - (low + high) / 2) / width + 0.5
-    return np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
+    grey = np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
+    if share.size:
+        grey[share < 0.5] = config.PADDING_GREY
+    return grey
 
 
-def _noise_sd(values: NDArray[np.float32]) -> float:
+def _noise_sd(values: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
     """Noise SD from the median of a second difference that slopes and edges cancel in.
 
     Immerkær, Computer Vision and Image Understanding 64 (1996) 300, with the median in
@@ -1402,7 +1648,11 @@ def _noise_sd(values: NDArray[np.float32]) -> float:
         return 0.0
     rows = values[:-2] - 2 * values[1:-1] + values[2:]
     both = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
-    return float(np.median(np.abs(both)) / 0.6745 / 6)
+    rows_inside = inside[:-2] & inside[1:-1] & inside[2:]
+    whole = rows_inside[:, :-2] & rows_inside[:, 1:-1] & rows_inside[:, 2:]
+    if not whole.any():
+        return 0.0
+    return float(np.median(np.abs(both[whole])) / 0.6745 / 6)
 
 
 def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ encoded with imagecodecs (JPEG, JPEG-LS, JPEG 2000, HTJ2K) and pydicom (RLE), wh
 why what they decode to is known without a decoder.
 """
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pydicom
+import pytest
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -22,6 +24,9 @@ from pydicom.pixels.encoders.base import get_encoder
 from pydicom.pixels.utils import pixel_array
 
 Pixels = NDArray[Any]
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+"""Of tests with FIFOs, links, signals or limits of a process."""
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
 

@@ -5,14 +5,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import phantoms
+import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset
+from pydicom.tag import Tag
 
 import config
 import utils
@@ -253,12 +258,141 @@ def test_only_the_header_differs_only_the_view_differs(tmp_path: Path) -> None:
     assert first.view_id != second.view_id
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (3, 900), (5000, 2)])
-def test_absurd_shapes_are_prepared_all_the_same(
+@pytest.mark.parametrize("shape", [(32, 900), (5000, 40)])
+def test_long_shapes_are_prepared_all_the_same(
     tmp_path: Path, shape: tuple[int, int]
 ) -> None:
     pixels = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape)
     assert prepare_image(saved(tmp_path, pixels)).grey.shape == (336, 336)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (16, 16), (31, 900), (5000, 31)])
+def test_an_image_of_too_few_pixels_is_refused(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    pixels = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape)
+    path = saved(tmp_path, pixels)
+    with pytest.raises(RejectedError, match=r"too small: .* 32 a side are needed"):
+        prepare_image(path)
+
+
+def bordered(value: int, **attributes: object) -> tuple[NDArray[Any], dict[str, Any]]:
+    """An edge of 1000 and 1300 with a border of padding, and what its header says."""
+    rng = np.random.default_rng(0)
+    edge = half_plane(1000, 1300) + rng.normal(0, 10, (400, 400))
+    framed = np.full((500, 500), value, np.int32)
+    framed[50:-50, 50:-50] = np.rint(edge)
+    return framed.astype(np.uint16), {"PixelPaddingValue": value, **attributes}
+
+
+@pytest.mark.parametrize("value", [0, 65535, -32768])
+def test_padding_has_no_part_in_the_picture(tmp_path: Path, value: int) -> None:
+    pixels, attributes = bordered(value, PixelRepresentation=int(value < 0))
+    plain = prepare_image(saved(tmp_path, pixels[50:-50, 50:-50])).grey
+    path = saved(tmp_path, pixels, **attributes)
+    grey = prepare_image(path).grey.astype(int)
+    assert (grey[:30] == config.PADDING_GREY).all()
+    assert (grey[:, -30:] == config.PADDING_GREY).all()
+    for part, whole in ((slice(60, 150), 84), (slice(186, 276), 252)):
+        assert abs(np.median(grey[100:236, part]) - np.median(plain[:, whole])) <= 4
+
+
+def test_padding_may_be_a_range(tmp_path: Path) -> None:
+    pixels, _ = bordered(65535)
+    pixels[:50] = 65530
+    limits = {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": 65530}
+    grey = prepare_image(saved(tmp_path, pixels, **limits)).grey
+    assert (grey[:30] == config.PADDING_GREY).all()
+    assert (grey[-30:] == config.PADDING_GREY).all()
+    assert np.ptp(grey[100:236, 60:276].astype(int)) > 100
+
+
+@pytest.mark.parametrize("value", [None, 7, 60000])
+def test_a_padding_value_that_no_pixel_has_changes_nothing(
+    tmp_path: Path, value: int | None
+) -> None:
+    plain = prepare_image(saved(tmp_path, half_plane(1000, 1300)))
+    path = saved(tmp_path, half_plane(1000, 1300), PixelPaddingValue=value)
+    assert prepare_image(path).view_id == plain.view_id
+
+
+def test_nothing_but_padding_is_no_image(tmp_path: Path) -> None:
+    pixels = np.full((50, 50), 9, np.uint16)
+    with pytest.raises(RejectedError, match="every pixel is padding"):
+        prepare_image(saved(tmp_path, pixels, PixelPaddingValue=9))
+
+
+HEADER_NUMBERS = [
+    ("PixelSpacing", b"0,143\\0,143"),
+    ("PixelSpacing", b"0.1mm\\0.1mm"),
+    ("ImagerPixelSpacing", b"  inf\\0.143"),
+    ("ImagerPixelSpacing", b"1e300\\1e-30"),
+    ("PixelAspectRatio", b"1:1  \\1:1  "),
+    ("RescaleSlope", b"1,25       "),
+    ("RescaleSlope", b"N/A        "),
+    ("RescaleSlope", b"1\\1        "),
+    ("ExposureInuAs", b"1,7        "),
+]
+
+
+@pytest.mark.parametrize(("keyword", "bad"), HEADER_NUMBERS)
+def test_a_header_number_that_is_none_is_as_if_it_were_not_there(
+    tmp_path: Path, keyword: str, bad: bytes
+) -> None:
+    good = prepare_image(saved(tmp_path, half_plane(0, 900)))
+    path = saved(tmp_path, half_plane(0, 900))
+    dataset = pydicom.dcmread(path)
+    bad += b" " * (len(bad) % 2)
+    tag = Tag(tag_for_keyword(keyword) or 0)
+    dataset[tag] = RawDataElement(tag, "DS", len(bad), bad, 0, False, True)
+    dataset.save_as(path)
+    assert bad in path.read_bytes()
+    assert prepare_image(path).view_id == good.view_id
+
+
+def test_a_spacing_of_a_text_vr_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path, half_plane(0, 900))
+    dataset = pydicom.dcmread(path)
+    dataset.add_new(0x00280030, "UT", "2.0\\1.0")
+    dataset.save_as(path)
+    tall = prepare_image(path).grey
+    assert (tall[:, 0] == config.PADDING_GREY).all()
+    assert (tall[0] != config.PADDING_GREY).any()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        {"LUTDescriptor": [4096, 2**15, 16]},
+        {"LUTDescriptor": [2, 0, 16], "LUTData": b""},
+    ],
+)
+def test_a_modality_table_that_cant_be_read_is_none(
+    tmp_path: Path, table: dict[str, Any]
+) -> None:
+    path = saved(tmp_path, half_plane(0, 900))
+    good = prepare_image(path)
+    dataset, item = pydicom.dcmread(path), pydicom.Dataset()
+    for keyword, value in table.items():
+        vr = "US" if keyword == "LUTDescriptor" else "OW"
+        item.add_new(keyword, vr, value)
+    dataset.ModalityLUTSequence = [item]
+    dataset.save_as(path)
+    assert prepare_image(path).view_id == good.view_id
+
+
+@pytest.mark.parametrize("error", [MemoryError, TypeError, OverflowError, OSError])
+def test_whatever_a_file_provokes_is_its_own_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def provoke(*_: object) -> None:
+        raise error("by this file")
+
+    path = saved(tmp_path, half_plane(0, 900))
+    monkeypatch.setattr(utils, "decode_frame", provoke)
+    with pytest.raises(RejectedError, match="can't be"):
+        prepare_image(path)
 
 
 def test_the_preparation_constants_are_in_the_manifest() -> None:
