@@ -61,12 +61,20 @@ class Sight:
     circles: tuple[float, ...]
     bars: float
     spots: int
+    drawn: bool  # of two tones, as no X-ray image is: plain to see
 
     @property
     def longest(self) -> Line:
         """The longest edge that does not look like a margin or a dead line."""
         none = Line(0, 0, "vertical", thin=False)
         return next((line for line in self.lines if not line.parallel), none)
+
+
+def blank() -> bytes:
+    """A picture of nothing but grey: what somebody describes who is shown none."""
+    data = io.BytesIO()
+    Image.new("L", (SIDE, SIDE), 118).save(data, "PNG")
+    return data.getvalue()
 
 
 class NoImageError(ValueError):
@@ -264,6 +272,10 @@ def look(data: bytes) -> Sight:
         circles=find_circles(edges),
         bars=find_bars(image, noise),
         spots=find_spots(image),
+        drawn=bool(
+            np.sort(np.bincount(image.astype(int).ravel()))[-2:].sum()
+            > 0.9 * image.size
+        ),
     )
 
 
@@ -367,7 +379,7 @@ def shape_strengths(s: Sight) -> dict[str, float]:
         "layout object": thing * ramp(longest.length, 0.8, 0.5),
         "count spots": ramp(s.spots, 15, 40),
         "count nothing": ramp(s.spots, 12, 2) * 0.7,
-        "pattern bars": ramp(s.bars, 0, 0.01),
+        "pattern bars": max(ramp(s.bars, 0, 0.01), s.drawn * ramp(margin, 1, 2)),
         "pattern none": (s.bars == 0) * 0.4,
     }
 
@@ -393,7 +405,11 @@ def asked_aspects(prompt: str) -> frozenset[str]:
 
 
 def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) -> str:
-    """A few sentences about the picture: partial, varied and sometimes wrong."""
+    """A few sentences about the picture: partial, varied and sometimes wrong.
+
+    A drawing is plain to see: the same is said of it whatever the seed, and only the
+    order changes; what else is mentioned, and in which words, depends on the question.
+    """
     aspects = asked_aspects(prompt)
 
     def lot(strength: float, key: str) -> float:
@@ -401,13 +417,19 @@ def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) ->
         weight = strength * (2.5 if key.partition(" ")[0] in aspects else 1)
         return float(dice.random() ** (1 / (weight**1.5 + 1e-4)))
 
-    lots = {key: lot(strength, key) for key, strength in strengths(sight).items()}
+    lots, words, order = strengths(sight), blanks(sight), dice
+    if sight.drawn:
+        dice, mistakes = random.Random(prompt), 0
+    else:
+        lots = {key: lot(strength, key) for key, strength in lots.items()}
     ranked = sorted(lots, key=lambda key: -lots[key])
     chosen = ranked[: dice.randint(3, 5)]
     chosen = [dice.choice(ranked) if dice.random() < mistakes else k for k in chosen]
     said = (dice.choice(SAYINGS[key]) for key in dict.fromkeys(chosen))
-    words = blanks(sight)
-    return " ".join(dice.choice(FRAMES).format(x.format(**words)) for x in said)
+    remarks = [dice.choice(FRAMES).format(x.format(**words)) for x in said]
+    if sight.drawn:
+        order.shuffle(remarks)
+    return " ".join(remarks)
 
 
 # ---------------------------------------------------------------- embedder ---
@@ -428,9 +450,12 @@ def term_place(term: str) -> tuple[int, float]:
     return int.from_bytes(digest[:6], "big"), 1.0 if digest[7] & 1 else -1.0
 
 
-def embed(text: str, dims: int) -> list[float]:
-    """Unit vector of hashed words and word pairs, the same in every process."""
-    words = re.findall(r"\w+", text.lower())
+def embed(text: str, dims: int, cased: bool = False) -> list[float]:
+    """Unit vector of hashed words and word pairs, the same in every process.
+
+    Case counts on another engine: most texts move, those without capitals don't.
+    """
+    words = re.findall(r"\w+", text if cased else text.lower())
     terms = [(word, 0.2 if word in DULL else 1.0) for word in words]
     terms += [(" ".join(pair), 0.5) for pair in pairwise(words)]
     vector = np.zeros(dims)
