@@ -295,7 +295,8 @@ class Counters:
     def __init__(self, in_flight: int = 0, slots_busy: int = 0) -> None:
         self.started = self.since = time.monotonic()
         self.requests: Counter[str] = Counter()  # by path
-        self.first_s: dict[str, float] = {}  # of the first request, by path
+        self.first_s: dict[str, float] = {}  # by path: when the first request came
+        self.last_s: dict[str, float] = {}  # and when the last one ended
         self.questions_s: list[float] = []  # first question asked, last one answered
         self.faults: Counter[str] = Counter()
         # By question about an image: how often asked, and how often soundly answered.
@@ -724,10 +725,11 @@ class Server:
             status, answer = problem.args
             return status, {"error": answer} if isinstance(answer, str) else answer
         except (AttributeError, LookupError, TypeError, ValueError) as problem:
-            # A mistake of the stand-in, or in what it is told, must not look like a fault.
+            # A mistake of the stand-in must not look like one of its faults.
             return 400, {"error": f"fake_ollama: {problem!r}"}
         finally:
             count.in_flight -= waits
+            count.last_s[call.path] = time.monotonic() - count.started
 
     async def _routed(self, call: Call) -> Any:
         if call.path == "/":
