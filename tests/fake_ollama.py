@@ -37,9 +37,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -232,6 +231,9 @@ IMAGE_TOKENS, TEMPLATE_TOKENS = 576, 8
 PROMPT_MIB = 250
 """Memory of one saved prompt with an image, at LLaVA-Phi-3's 0.375 MiB per token."""
 
+LONG_AGO = "2020-01-01T00:00:00Z"
+"""Every time of day in an answer: nobody reads them."""
+
 VERSIONS = {"llamaserver": "0.33.0", "llamarunner": "0.24.0"}
 """Servers of today, and the last that embedded with chat models."""
 
@@ -306,10 +308,6 @@ class Counters:
         self.slots_busy = self.max_slots_busy = slots_busy
         self.busy_s = self.slot_busy_s = 0.0
 
-    def reset(self) -> None:
-        """Start again, without forgetting what is under way."""
-        vars(self).update(vars(Counters(self.in_flight, self.slots_busy)))
-
     def slots_changed(self, by: int) -> None:
         now = time.monotonic()
         self.busy_s += (now - self.since) * (self.slots_busy > 0)
@@ -364,7 +362,7 @@ class Model:
             "digest": self.digest,
             "size": 10**6,
         }
-        return about | {"modified_at": as_utc(0), "details": self.details}
+        return about | {"modified_at": LONG_AGO, "details": self.details}
 
     def options(self, body: Json) -> Json:
         """The options whose change makes Ollama load the model again."""
@@ -568,7 +566,8 @@ class Call:
 
     @property
     def message(self) -> Json:
-        return (self.body.get("messages") or [{}])[-1]
+        messages: list[Json] = self.body.get("messages") or [{}]
+        return messages[-1]
 
     @property
     def prompt(self) -> str:
@@ -591,14 +590,9 @@ class Call:
         message = {"role": "assistant", "content": text}
         if self.fault == "thinks":
             message["thinking"] = THOUGHT * 9
-        about = {"model": self.body["model"], "created_at": as_utc(time.time())}
-        if self.fault == "zero":
-            about = {"model": "", "created_at": "0001-01-01T00:00:00Z"}
+        name = "" if self.fault == "zero" else self.body["model"]
+        about = {"model": name, "created_at": LONG_AGO}
         return about | {"message": message, "done": True} | more
-
-
-def as_utc(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
 
 
 async def read_call(reader: asyncio.StreamReader) -> Call:
@@ -645,7 +639,7 @@ class Server:
         self.memory = Memory(settings, self.counters)
         self.eyes = Eyes()
         self.bodies: list[tuple[str, Json]] = []
-        self.connections: dict[asyncio.StreamWriter, asyncio.Task[Any] | None] = {}
+        self.writers: set[asyncio.StreamWriter] = set()
         self.listener: asyncio.Server | None = None
         self.fault_calls = 0
         self.endpoints: dict[str, Callable[[Call], Coroutine[Any, Any, Any]]] = {
@@ -674,16 +668,14 @@ class Server:
 
     async def close(self) -> None:
         self.refuse(math.inf)
-        tasks = [task for task in self.connections.values() if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while self.writers:
+            await asyncio.sleep(0.005)
 
     def refuse(self, seconds: float) -> None:
         """Look dead for a while: nothing listens, open connections break."""
         if self.listener:
             self.listener.close()
-        for writer in self.connections:
+        for writer in self.writers:
             writer.transport.abort()
         loop = asyncio.get_running_loop()
         if seconds < math.inf:
@@ -693,25 +685,20 @@ class Server:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Answer call after call, giving up the one whose client leaves."""
-        self.connections[writer] = asyncio.current_task()
-        work: asyncio.Task[tuple[int, Any]] | None = None
-        try:
+        self.writers.add(writer)
+        gone = (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError)
+        with suppress(*gone):
             while True:
                 call = await read_call(reader)
                 work = asyncio.create_task(self._answer(call))
                 while not work.done():
                     await asyncio.wait({work}, timeout=0.02)
-                    if not work.done() and reader.at_eof():
-                        raise ConnectionError
-                await send(writer, call.fault, *work.result())
+                    if reader.at_eof():
+                        work.cancel()
+                await send(writer, call.fault, *await work)
                 call.row["answered"] = call.row.get("answered", 0) + 1
-        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
-            writer.transport.abort()
-        finally:
-            if work:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-            del self.connections[writer]
+        writer.transport.abort()
+        self.writers.remove(writer)
 
     async def _answer(self, call: Call) -> tuple[int, Any]:
         count, waits = self.counters, call.path in ("/api/chat", "/api/embed")
@@ -805,18 +792,16 @@ class Server:
         return {"version": self.settings.version or usual}
 
     async def _tags(self, _: Call) -> Json:
-        models = [Model(name, self.settings) for name in self.settings.models]
-        return {"models": [model.listed() for model in models]}
+        names = self.settings.models
+        return {"models": [Model(name, self.settings).listed() for name in names]}
 
     async def _ps(self, _: Call) -> Json:
         self.memory.drop_expired()
         running = []
         for runner in self.memory.runners.values():
-            facts, left = runner.model.listed(), runner.expires - time.monotonic()
-            facts["expires_at"] = as_utc(time.time() + min(left, 1e8))
-            facts["size_vram"] = int(facts["size"] * self.settings.vram)
-            facts["context_length"] = runner.options["num_ctx"]
-            running.append(facts)
+            facts = runner.model.listed()
+            in_vram = {"size_vram": int(facts["size"] * self.settings.vram)}
+            running.append({**facts, **in_vram, "expires_at": LONG_AGO})
         return {"models": running}
 
     async def _show(self, call: Call) -> Json:
@@ -848,7 +833,8 @@ class Server:
     async def set_up(self, values: Json) -> None:
         """Change settings; `reset_stats` forgets the counters."""
         if values.pop("reset_stats", False):
-            self.counters.reset()
+            new = Counters(self.counters.in_flight, self.counters.slots_busy)
+            vars(self.counters).update(vars(new))
         self.settings.change(values)
 
     # -- chat
