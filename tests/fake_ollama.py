@@ -38,7 +38,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -179,10 +179,9 @@ class Rule:
     seen: int = 0
 
     def hits(self, path: str, body: Json) -> bool:
-        if self.times == 0 or {self.endpoint, PATHS.get(self.fault, path)} - {
-            "*",
-            path,
-        }:
+        if self.times == 0 or self.endpoint not in ("*", path):
+            return False
+        if path != PATHS.get(self.fault, path):
             return False
         self.seen += 1
         if callable(self.when):
@@ -195,15 +194,13 @@ class Rule:
         return hit
 
 
-RULE = [item.name for item in fields(Rule)]
-
 # --- Settings and counters ------------------------------------------------------------
 
 
 class Pace(NamedTuple):
     """Seconds and rates of one kind of machine; estimates, for relative results."""
 
-    clip_s: float  # encoding one image; no slot produces a token meanwhile
+    clip_s: float  # encoding one image
     prompt_rate: float  # prompt tokens per second
     token_rate: float  # answer tokens per second with one busy slot
     gain: float  # n busy slots together give token_rate * n ** gain
@@ -278,11 +275,10 @@ class Settings:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         new = replace(self, **values)
         if "script" in values:
-            rules = [
-                r if isinstance(r, dict) else zip(RULE, r, strict=False)
-                for r in new.script
+            script = new.script
+            new.script = [
+                Rule(**r) if isinstance(r, dict) else Rule(*r) for r in script
             ]
-            new.script = [Rule(**dict(rule)) for rule in rules]
         if new.era not in VERSIONS or new.time_model not in PACES:
             raise ValueError(f"unknown era or time model: {new.era}, {new.time_model}")
         for name in [*new.faults, *(rule.fault for rule in new.script)]:
@@ -356,13 +352,8 @@ class Model:
     def listed(self) -> Json:
         """What /api/tags says."""
         name = self.name if ":" in self.name else f"{self.name}:latest"
-        about: Json = {
-            "name": name,
-            "model": name,
-            "digest": self.digest,
-            "size": 10**6,
-        }
-        return about | {"modified_at": LONG_AGO, "details": self.details}
+        about = {"name": name, "model": name, "digest": self.digest}
+        return about | {"size": 100, "modified_at": LONG_AGO, "details": self.details}
 
     def options(self, body: Json) -> Json:
         """The options whose change makes Ollama load the model again."""
@@ -373,13 +364,14 @@ class Model:
         return {n: given.get(n) for n in names} | {"num_ctx": max(num_ctx, least)}
 
 
-def keep_seconds(value: Any) -> float:
-    """Seconds of a `keep_alive`: Go durations are checked, then 300 s or nothing."""
-    if isinstance(value, str) and value != "0":
-        if not re.fullmatch(r"[-+]?([\d.]+(ns|us|ms|s|m|h))+", value):
-            raise HttpError(400, f'time: missing unit in duration "{value}"')
-        return 300.0 if re.search("[1-9]", value) else 0.0
-    return 300.0 if value is None or float(value) < 0 else float(value)
+def keeps(value: Any) -> bool:
+    """Whether a `keep_alive` keeps the model loaded; text must be a Go duration."""
+    text = str("5m" if value is None else value)
+    if isinstance(value, str) and not re.fullmatch(
+        r"0|-?([\d.]+(ns|us|ms|s|m|h))+", text
+    ):
+        raise HttpError(400, f'time: missing unit in duration "{text}"')
+    return re.search("[1-9]", text) is not None
 
 
 @dataclass
@@ -391,18 +383,16 @@ class Slot:
 
 
 class Runner:
-    """One loaded model: its options, slots, caches, FIFO gate and pace."""
+    """One loaded model: its options, slots, caches and FIFO gate."""
 
     def __init__(self, model: Model, options: Json, settings: Settings) -> None:
         self.model, self.options, self.settings = model, options, settings
         count = 1 if model.embeds else settings.num_parallel
         self.slots = [Slot(number) for number in range(count)]
         self.gate = asyncio.Semaphore(count)
-        self.prompting = asyncio.Lock()
         self.saved: list[str] = []  # images of prompts kept in RAM, oldest first
         self.encoded: list[str] = []  # the last four images, on old servers
-        self.answering = self.users = self.tick = 0
-        self.expires = time.monotonic() + 300
+        self.tick = 0
 
     @contextmanager
     def slot_for(self, image: str) -> Iterator[Slot]:
@@ -433,26 +423,9 @@ class Runner:
         self.saved = saved[max(0, len(saved) - room) :]
         return (0.0, pace.restore_s) if restored else (pace.clip_s, read_s)
 
-    async def prompt(self, seconds: float) -> None:
-        """Take the time of a prompt, or of an embedding; answers stall meanwhile."""
-        async with self.prompting:
-            await asyncio.sleep(seconds * self.settings.sleep_scale)
-
-    async def answer(self, tokens: int) -> None:
-        """Take the time of so many tokens, shared with the slots that answer, too."""
-        self.answering += 1
-        try:
-            for done in range(0, tokens, 8):
-                if self.prompting.locked():
-                    await self.prompt(0)
-                step_s = min(8, tokens - done) / self.settings.pace.rate(self.answering)
-                await asyncio.sleep(step_s * self.settings.sleep_scale)
-        finally:
-            self.answering -= 1
-
 
 class Memory:
-    """The loaded models: loads them on demand, one at a time, and unloads them."""
+    """The loaded models, the last used last: loads them, one at a time."""
 
     def __init__(self, settings: Settings, counters: Counters) -> None:
         self.settings, self.counters = settings, counters
@@ -462,46 +435,29 @@ class Memory:
     @asynccontextmanager
     async def runner(self, model: Model, body: Json) -> AsyncIterator[Runner]:
         """A runner with the options of this request, for as long as it takes."""
-        keep_s = keep_seconds(body.get("keep_alive"))
-        self.drop_expired()
-        runner = self._ready(model, body)
-        if runner is None:
+        kept, options = keeps(body.get("keep_alive")), model.options(body)
+        if not self._fits(model, options):
             async with self.loading:
-                runner = self._ready(model, body) or await self._load(model, body)
-        runner.users += 1
-        try:
-            yield runner
-        finally:
-            runner.users -= 1
-            runner.expires = time.monotonic() + keep_s
+                if not self._fits(model, options):
+                    await self._load(model, options)
+        runner = self.runners[model.name] = self.runners.pop(model.name)
+        yield runner
+        if not kept:
+            self.runners.pop(model.name, None)
 
-    def _ready(self, model: Model, body: Json) -> Runner | None:
+    def _fits(self, model: Model, options: Json) -> bool:
         runner = self.runners.get(model.name)
-        return runner if runner and runner.options == model.options(body) else None
+        return runner is not None and runner.options == options
 
-    async def _load(self, model: Model, body: Json) -> Runner:
-        self.counters.reloads += model.name in self.runners
-        await self._drain(model.name)
+    async def _load(self, model: Model, options: Json) -> None:
+        self.counters.reloads += self.runners.pop(model.name, None) is not None
         while len(self.runners) >= self.settings.max_loaded:
-            await self._drain(min(self.runners, key=lambda n: self.runners[n].expires))
+            self.runners.pop(next(iter(self.runners)))
         own = self.settings.load_s
         load_s = self.settings.pace.load_s if own is None else own
-        # A client that leaves meanwhile ends this load for all who wait.
         await asyncio.sleep(load_s * self.settings.time_scale)
         self.counters.loads += 1
-        runner = Runner(model, model.options(body), self.settings)
-        return self.runners.setdefault(model.name, runner)
-
-    async def _drain(self, name: str) -> None:
-        """Unload a model once its users have their answers; new ones wait."""
-        runner = self.runners.pop(name, None)
-        while runner and runner.users:
-            await asyncio.sleep(0.005)
-
-    def drop_expired(self) -> None:
-        for name, runner in list(self.runners.items()):
-            if not runner.users and runner.expires <= time.monotonic():
-                del self.runners[name]
+        self.runners[model.name] = Runner(model, options, self.settings)
 
 
 # --- One call -------------------------------------------------------------------------
@@ -561,6 +517,7 @@ class Call:
     fault: str = ""
     fault_s: float = 0.0
     costs: dict[str, float] = field(default_factory=dict)  # seconds, by reported name
+    hidden_s: float = 0.0  # what an answer costs without reporting it
     row: Json = field(default_factory=dict)  # of Counters.asked
     began: float = field(default_factory=time.monotonic)
 
@@ -657,6 +614,7 @@ class Server:
     # -- connections
 
     async def listen(self) -> None:
+        await self.eyes.look(b"")
         for model in (Model(name, self.settings) for name in self.settings.resident):
             runner = Runner(model, model.options({}), self.settings)
             self.memory.runners[model.name] = runner
@@ -796,11 +754,10 @@ class Server:
         return {"models": [Model(name, self.settings).listed() for name in names]}
 
     async def _ps(self, _: Call) -> Json:
-        self.memory.drop_expired()
         running = []
         for runner in self.memory.runners.values():
             facts = runner.model.listed()
-            in_vram = {"size_vram": int(facts["size"] * self.settings.vram)}
+            in_vram = {"size_vram": int(100 * self.settings.vram)}
             running.append({**facts, **in_vram, "expires_at": LONG_AGO})
         return {"models": running}
 
@@ -840,11 +797,10 @@ class Server:
     # -- chat
 
     async def _chat(self, call: Call) -> Json:
-        model, count = self.model(call), self.counters
+        model, count, scale = self.model(call), self.counters, self.settings.sleep_scale
         refuse_chat(call.body, model)
         data = b"".join(map(base64.b64decode, call.message.get("images") or []))
-        image = await self.eyes.look(data)
-        seed = call.options["seed"]
+        image, seed = await self.eyes.look(data), call.options["seed"]
         row = {"model": model.name, "image": image, "prompt": call.prompt, "seed": seed}
         if image:
             key = tuple(row.values())
@@ -852,36 +808,38 @@ class Server:
             row["asked"] += 1
             count.questions_s = count.questions_s or [call.began - count.started]
         async with self.memory.runner(model, call.body) as runner:
-            call.costs["load_duration"] = time.monotonic() - call.began
+            load_s = time.monotonic() - call.began
             if not call.prompt:
-                keep = keep_seconds(call.body.get("keep_alive"))
-                return call.said("", done_reason="load" if keep else "unload")
+                kept = keeps(call.body.get("keep_alive"))
+                return call.said("", done_reason="load" if kept else "unload")
             async with runner.gate:
                 with count.slot(), runner.slot_for(image) as slot:
-                    tokens = await self._read(call, runner, slot, image, len(data))
-                    answer = await self._say(call, runner, slot, image, tokens)
+                    tokens = self._read(call, runner, slot, image, len(data))
+                    answer = self._say(call, runner, slot, image, tokens)
+                    work_s = sum(call.costs.values()) + call.hidden_s
+                    await asyncio.sleep(work_s * scale)
+        call.costs["load_duration"] = load_s
         if image:
             count.questions_s[1:] = [time.monotonic() - count.started]
             call.row = {} if call.fault in TEXTS else row
-        return answer
+        return answer | call.times(scale or 1) if answer["done"] else answer
 
-    async def _read(
+    def _read(
         self, call: Call, runner: Runner, slot: Slot, image: str, size: int
     ) -> int:
-        """Take the time of what the slot doesn't hold of the prompt; all its tokens."""
+        """Count what of the prompt the slot doesn't hold yet; the tokens of it all."""
         tokens = TEMPLATE_TOKENS + count_tokens(call.prompt)
         read_s, clip_s = tokens / self.settings.pace.prompt_rate, 0.0
         if image:
-            await asyncio.sleep(size * DECODE_S_PER_BYTE * self.settings.sleep_scale)
             clip_s, image_s = runner.fetch(slot, image)
             self.counters.encodes += clip_s > 0
             tokens, read_s = tokens + IMAGE_TOKENS, read_s + image_s
-        await runner.prompt(clip_s + read_s)
         # Old servers count the encoding in no field but the total.
+        call.hidden_s = size * DECODE_S_PER_BYTE + clip_s * runner.model.old
         call.costs["prompt_eval_duration"] = read_s + clip_s * (not runner.model.old)
         return tokens
 
-    async def _say(
+    def _say(
         self, call: Call, runner: Runner, slot: Slot, image: str, tokens: int
     ) -> Json:
         if "thinking" in runner.model.able and call.body.get("think") is not False:
@@ -889,18 +847,16 @@ class Server:
         limit, wanted = runner.options["num_ctx"] - tokens, call.options["num_predict"]
         limit = limit if wanted < 0 else min(limit, wanted)
         seen = self.eyes.described(image, call.fault, slot.number) if image else ""
-        sight = await self.eyes.sights[seen or await self.eyes.look(b"")]
+        sight = self.eyes.sights[seen].result()
         text, done, reason = spoken(call, seen, sight, self.settings.mistakes, limit)
         count = min(limit, count_tokens(text) + 1)
-        await runner.answer(count)
+        rate = self.settings.pace.rate(self.counters.slots_busy)
+        call.costs["eval_duration"] = count / rate
         if not done:  # and no counters either
             return call.said(text, done=False)
-        call.costs["eval_duration"] = count / self.settings.pace.rate(
-            runner.answering + 1
-        )
-        times = call.times(self.settings.sleep_scale or 1)
-        times["prompt_eval_count"] = 38 if call.fault == "no_image" else tokens
-        return call.said(text, done_reason=reason, eval_count=count, **times)
+        read = 38 if call.fault == "no_image" else tokens
+        counts = {"prompt_eval_count": read, "eval_count": count}
+        return call.said(text, done_reason=reason, **counts)
 
     # -- embeddings
 
@@ -932,7 +888,8 @@ class Server:
                 # In the shared runner of old versions this evicts a prompt.
                 next(slot for slot in runner.slots if not slot.busy).image = ""
             with self.counters.slot():
-                await runner.prompt(self.settings.pace.embed_s)
+                seconds = self.settings.pace.embed_s * self.settings.sleep_scale
+                await asyncio.sleep(seconds)
         return min(tokens, room)
 
 
