@@ -38,19 +38,20 @@ def edge(degrees: float = 5.0) -> bytes:
 
 
 DISC, BARS = png(np.where(np.hypot(X, Y) < 84, 220, 30)), png(X // 24 % 2 * 170 + 60)
-OPEN: list[ollama.Client] = []
+OPEN: dict[str, ollama.Client] = {}
 
 
 def client_of(fake: FakeOllama, **settings: Any) -> ollama.Client:
-    OPEN.append(ollama.Client(fake.url, trust_env=False, **settings))
-    return OPEN[-1]
+    key = f"{fake.url} {settings}"  # a client is dear: it reads all certificates
+    OPEN[key] = OPEN.get(key) or ollama.Client(fake.url, trust_env=False, **settings)
+    return OPEN[key]
 
 
 @pytest.fixture(autouse=True)
 def closed_clients() -> Iterator[None]:
     yield
     while OPEN:
-        OPEN.pop()._client.close()
+        OPEN.popitem()[1]._client.close()
 
 
 def ask(
@@ -129,9 +130,11 @@ def test_a_model_that_can_think_does_so_unless_told_not_to() -> None:
         silent = ask(client_of(fake))
         message = [{"role": "user", "content": PROMPT}]
         spoken = client_of(fake).chat("demo-vlm", message, think=False)
+        sent = fake.bodies("/api/chat")[1]
     assert (silent.message.content, silent.done_reason) == ("", "length")
     assert silent.message.thinking
     assert spoken.message.content
+    assert (sent["messages"], sent["think"]) == ([PROMPT], False)
 
 
 # --- Slots, caches, time --------------------------------------------------------------
@@ -164,21 +167,13 @@ def test_old_servers_report_no_time_for_the_encoding(era: str, counted: int) -> 
     assert (cold - warm) / 1e9 == pytest.approx(576 / 60 + 3 * counted, abs=0.01)
 
 
-@pytest.mark.parametrize("angles", [(1, 2, 3, 4), (5, 5, 5, 5)])
-def test_each_slot_encodes_an_image_once(angles: tuple[float, ...]) -> None:
-    def one_image(client: ollama.Client, angle: float) -> None:
-        for prompt in "abc":
-            ask(client, edge(angle), prompt)
-
-    with (
-        FakeOllama(num_parallel=4, time_model="gpu", time_scale=0.1) as fake,
-        ThreadPoolExecutor(4) as pool,
-    ):
-        list(pool.map(one_image, [client_of(fake) for _ in angles], angles))
+def test_slots_share_the_machine_and_encode_an_image_each() -> None:
+    pace = FakeOllama(num_parallel=4, time_model="gpu", time_scale=0.2, load_s=0)
+    with pace as fake, ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, [client_of(fake)] * 4))
         stats = fake.stats()
     assert stats["encodes"] == stats["max_slots_busy"] == stats["max_in_flight"] == 4
-    first, last = stats["questions_s"]
-    assert 0 < stats["busy_s"] <= last - first + 0.1
+    assert 0 < stats["busy_s"] < stats["slot_busy_s"]
     assert 4 * PACES["gpu"].rate(4) == pytest.approx(400, rel=0.01)
 
 
@@ -274,18 +269,6 @@ def test_a_digest_that_changes_is_that_of_the_called_model(fake: FakeOllama) -> 
     assert [a["digest"] == b["digest"] for a, b in zip(*tags, strict=True)] == [0, 1]
 
 
-def test_rules_match_texts_and_predicates(fake: FakeOllama) -> None:
-    rules: list[Any] = [("/api/chat", "second", "busy")]
-    rules += [{"endpoint": "*", "when": lambda b: b["options"]["seed"], "fault": "oom"}]
-    fake.control(script=rules)
-    assert ask(client_of(fake), prompt="first", seed=0).done
-    for prompt, seed, match in (("second", 0, "busy"), ("first", 9, "memory")):
-        with pytest.raises(ollama.ResponseError, match=match):
-            ask(client_of(fake), prompt=prompt, seed=seed)
-    texts = [body["messages"] for body in fake.bodies("/api/chat")]
-    assert texts == [["first"], ["second"], ["first"]]
-
-
 def test_faults_by_chance_are_seeded_and_misspelt_ones_refused() -> None:
     def texts(seed: int) -> list[str | None]:
         with FakeOllama(faults={"empty": 0.5}, fault_seed=seed) as fake:
@@ -305,11 +288,8 @@ def test_measurements_tell_pictures_apart() -> None:
     split, disc = fake_vlm.look(edge(5)), fake_vlm.look(DISC)
     assert split.lines[0].length > 0.8
     assert split.lines[0].tilt == pytest.approx(5, abs=0.7)
-    assert (split.circles, split.drawn) == ((), False)
     assert disc.circles == pytest.approx([0.25], abs=0.02)
-    assert disc.drawn
-    for shape in (1, 1), (2, 300), (30, 30), (900, 700):
-        assert fake_vlm.look(png(np.zeros(shape))).mean == 0
+    assert (split.circles, split.drawn, disc.drawn) == ((), False, True)
 
 
 def test_texts_depend_on_the_question_alone(fake: FakeOllama) -> None:
