@@ -677,8 +677,6 @@ class Server:
             count.last_s[call.path] = time.monotonic() - count.started
 
     async def _routed(self, call: Call) -> Any:
-        if call.path == "/":
-            return b"Ollama is running"
         endpoint = self.endpoints.get(f"{call.method} {call.path}")
         if endpoint is None:
             raise HttpError(*ERRORS["plain_404"])
@@ -884,9 +882,6 @@ class Server:
                 400, "input after truncation exceeds maximum context length"
             )
         async with runner.gate:
-            if not runner.model.embeds:
-                # In the shared runner of old versions this evicts a prompt.
-                next(slot for slot in runner.slots if not slot.busy).image = ""
             with self.counters.slot():
                 seconds = self.settings.pace.embed_s * self.settings.sleep_scale
                 await asyncio.sleep(seconds)
