@@ -29,7 +29,6 @@ import json
 import math
 import random
 import re
-import signal
 import socket
 import struct
 import sys
@@ -156,15 +155,11 @@ FAULTS = {*ERRORS, *LINE, *STATE, *EYES, *TEXTS, *VECTORS}
 """All names; those in PATHS happen to calls of that path only."""
 
 
-def unit(vector: list[float]) -> list[float]:
-    norm = math.hypot(*vector) or 1.0
-    return [x / norm for x in vector]
-
-
 def drifted(vector: list[float], at: int) -> list[float]:
     """A vector the farther off, the later in its list."""
     turned = [*vector[1:], vector[0]]
-    return unit([x + 0.1 * at * y for x, y in zip(vector, turned, strict=True)])
+    mixed = [x + 0.1 * at * y for x, y in zip(vector, turned, strict=True)]
+    return [x / math.hypot(*mixed) for x in mixed]
 
 
 @dataclass
@@ -206,7 +201,6 @@ class Pace(NamedTuple):
     gain: float  # n busy slots together give token_rate * n ** gain
     embed_s: float
     load_s: float
-    restore_s: float  # bringing a saved prompt back from RAM
 
     def rate(self, answering: int) -> float:
         """Tokens per second of each of `answering` slots."""
@@ -214,10 +208,10 @@ class Pace(NamedTuple):
 
 
 PACES = {
-    "gpu": Pace(0.02, 8000, 150, 0.7075, 0.004, 3.0, 0.03),
-    "cpu": Pace(3.0, 60, 15, 0.3685, 0.05, 8.0, 0.6),
+    "gpu": Pace(0.02, 8000, 150, 0.7075, 0.004, 3.0),
+    "cpu": Pace(3.0, 60, 15, 0.3685, 0.05, 8.0),
     # Costs are reported as on a GPU, but nobody sleeps.
-    "instant": Pace(0.02, 8000, 150, 0.7075, 0.004, 0.0, 0.03),
+    "instant": Pace(0.02, 8000, 150, 0.7075, 0.004, 0.0),
 }
 DECODE_S_PER_BYTE = 5e-8
 """Decoding and hashing an image on the server, on every request, cached or not."""
@@ -421,7 +415,7 @@ class Runner:
         room = int(self.settings.cache_ram_mib / PROMPT_MIB)
         saved = [i for i in self.saved if i not in (image, held)] + [held] * bool(held)
         self.saved = saved[max(0, len(saved) - room) :]
-        return (0.0, pace.restore_s) if restored else (pace.clip_s, read_s)
+        return (0.0, 0.0) if restored else (pace.clip_s, read_s)
 
 
 class Memory:
@@ -867,7 +861,7 @@ class Server:
                 raise HttpError(*ERRORS["embed_refused"])
             counts = [await self._take_in(call, runner, text) for text in texts]
         cased = self.settings.other_engine
-        vectors = [unit(fake_vlm.embed(text, model.dims, cased)) for text in texts]
+        vectors = [fake_vlm.embed(text, model.dims, cased) for text in texts]
         vectors = VECTORS.get(call.fault, list)(vectors)
         answer = {"model": call.body["model"], "embeddings": vectors}
         return answer | {"prompt_eval_count": sum(counts)} | call.times(1)
@@ -971,7 +965,7 @@ def phase_flags(url: str) -> list[str]:
     return ["--host", url, "--vlm", "demo-vlm", "--embed-model", "demo-embed"]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -979,23 +973,16 @@ def main() -> int:
     parser.add_argument("--ready-file", type=Path, help="gets the URL once listening")
     parser.add_argument("settings", nargs="*", help="name=value, a value as JSON")
     args = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        pairs = [setting.split("=", 1) for setting in args.settings]
-        server = FakeOllama(args.port, **{k: json.loads(v) for k, v in pairs})
-    except ValueError as problem:
-        parser.error(str(problem))
-    with server:
+    pairs = (setting.split("=", 1) for setting in args.settings)
+    settings = {name: json.loads(value) for name, value in pairs}
+    with FakeOllama(args.port, **settings) as server, suppress(KeyboardInterrupt):
         told = f"{server.url} {' '.join(args.settings)}"
         print(f"fake_ollama: a stand-in, not a VLM; {told}", flush=True)
         if args.ready_file:
             args.ready_file.write_text(server.url)
-        while not stop.wait(1):  # Windows can't interrupt a wait without an end
-            pass
-    return 0
+        while True:
+            time.sleep(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

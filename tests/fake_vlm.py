@@ -367,13 +367,11 @@ def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) ->
 
 # ---------------------------------------------------------------- embedder ---
 
-DULL = set(
-    re.findall(
-        r"\w+",
-        "a an the is are of and or in on at to with it that this there what i can see"
-        " out one image picture shows contains stands clearly visible notices",
-    )
+DULL_WORDS = (
+    "a an the is are of and or in on at to with it that this there what i can see out"
+    " one image picture shows contains stands clearly visible notices"
 )
+DULL = set(re.findall(r"\w+", DULL_WORDS))
 """Words that carry little; they weigh a fifth."""
 
 

@@ -111,17 +111,14 @@ def test_errors_read_as_in_ollama(
     assert text in caught.value.error
 
 
-def test_a_missing_key_is_401() -> None:
-    with FakeOllama(authorization="Bearer key") as fake:
+def test_a_missing_key_and_a_pull_without_internet_are_refused() -> None:
+    script = [("/api/pull", 1, "pull_offline")]
+    with FakeOllama(authorization="Bearer key", script=script) as fake:
         with pytest.raises(ollama.ResponseError, match="unauthorized"):
             client_of(fake).list()
-        assert client_of(fake, headers={"Authorization": "Bearer key"}).list().models
-
-
-def test_a_pull_ends_as_it_does_without_internet(fake: FakeOllama) -> None:
-    fake.control(script=[("/api/pull", 1, "pull_offline")])
-    with pytest.raises(ollama.ResponseError, match="no such host"):
-        list(client_of(fake).pull("demo-vlm", stream=True))
+        client = client_of(fake, headers={"Authorization": "Bearer key"})
+        with pytest.raises(ollama.ResponseError, match="no such host"):
+            list(client.pull("demo-vlm", stream=True))
 
 
 def test_a_model_that_can_think_does_so_unless_told_not_to() -> None:
@@ -251,25 +248,22 @@ def test_a_broken_list_of_vectors_differs_from_a_good_one(fault: str) -> None:
     assert json.dumps(bad) != json.dumps(good)
 
 
-def test_an_update_embeds_capitals_otherwise(fake: FakeOllama) -> None:
-    def now() -> NDArray[Any]:
+def test_updates_and_digests_change_what_they_should(fake: FakeOllama) -> None:
+    def now() -> tuple[NDArray[Any], list[str], str]:
         texts = [config.PROBE_SENTENCE, "a round disc"]
-        return np.array(client_of(fake).embed("demo-embed", texts).embeddings)
+        vectors = client_of(fake).embed("demo-embed", texts).embeddings
+        version = httpx.get(f"{fake.url}/api/version").text
+        tags = httpx.get(f"{fake.url}/api/tags").json()["models"]
+        return np.array(vectors), [model["digest"] for model in tags], version
 
-    before = now()
-    fake.control(script=[("/api/version", 1, "update")])
-    assert httpx.get(f"{fake.url}/api/version").json() == {"version": "0.99.0-fake"}
-    probe, small = (before * now()).sum(axis=1)
+    fake.control(script=[("/api/embed", 2, "update"), ("/api/chat", 1, "digest")])
+    before, after = now(), now()
+    probe, small = (before[0] * after[0]).sum(axis=1)
     assert 0.8 < probe < 0.99
     assert small == pytest.approx(1)
-
-
-def test_a_digest_that_changes_is_that_of_the_called_model(fake: FakeOllama) -> None:
-    fake.control(script=[("/api/chat", 1, "digest")])
-    tags = [httpx.get(f"{fake.url}/api/tags").json()["models"]]
+    assert (before[1] == after[1], before[2] == after[2]) == (True, False)
     ask(client_of(fake))
-    tags += [httpx.get(f"{fake.url}/api/tags").json()["models"]]
-    assert [a["digest"] == b["digest"] for a, b in zip(*tags, strict=True)] == [0, 1]
+    assert [a == b for a, b in zip(after[1], now()[1], strict=True)] == [False, True]
 
 
 def test_faults_by_chance_are_seeded_and_misspelt_ones_refused() -> None:
