@@ -7,6 +7,7 @@ Writes  dataset_final_vlm/
           dataset_filas.csv     one line per row: image, prompt, seed, description
           dataset_imagenes.csv  one line per image: file, class, header, times
           dataset_pixeles.npy   float32 (n_images, 40), statistics of each picture
+          miniaturas/           a thumbnail of each image, for the pages
           descripciones/        the journal: every answer, on disk at once
           rechazados.csv        what is not in the dataset, and why
           manifiesto.json       with what all this was made; written last
@@ -130,20 +131,24 @@ def labelled_files(folder: Path) -> list[Path]:
 
 
 def identify(
-    paths: Sequence[Path], folder: Path, rejections: Rejections
+    paths: Sequence[Path], cfg: Config, rejections: Rejections
 ) -> list[LabelledImage]:
     """Decode and identify the labelled files, ordered by (class, image id).
+
+    Each gets its thumbnail, where there is none yet.
 
     Raises
     ------
     PipelineError
         No class with an image, or one image labelled as two classes.
     """
+    folder = cfg.folder("labelled_dir")
+    identified = partial(_identified, cfg.folder("dataset_dir") / config.THUMBNAIL_DIR)
     log.info("reading %d files in %s", len(paths), folder)
     unique: dict[str, LabelledImage] = {}
     conflicts = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for path, found in zip(paths, pool.map(_identified, paths), strict=True):
+        for path, found in zip(paths, pool.map(identified, paths), strict=True):
             parts = path.relative_to(folder).parts
             if len(parts) == 1:
                 rejections.add(path, "lies in no class folder")
@@ -169,13 +174,17 @@ def identify(
     return sorted(unique.values(), key=lambda image: (image.label, image.image_id))
 
 
-def _identified(path: Path) -> tuple[Any, ...] | str:
+def _identified(thumbnails: Path, path: Path) -> tuple[Any, ...] | str:
     """What LabelledImage holds, or why there is nothing; the pictures are not kept."""
     try:
         image = utils.prepare_image(path)
     except RejectedError as error:
         return str(error)
     statistics = utils.picture_statistics(image.grey)
+    thumbnail = thumbnails / f"{image.image_id}.jpg"
+    if not thumbnail.exists():
+        with utils.atomic_write(thumbnail) as file:
+            file.write(utils.thumbnail(image.grey))
     return image.image_id, image.view_id, image.header, statistics
 
 
@@ -187,6 +196,24 @@ def warn_of_counts(images: Sequence[LabelledImage]) -> None:
     for label, count in counts.items():
         if count == 1:
             log.warning("warning: class %s has 1 image: phase 3 needs two", label)
+
+
+def warn_of_own_answers(images: Sequence[LabelledImage], book: AnswerBook) -> None:
+    """A model must not learn from its own answers unnoticed.
+
+    Phase 4 records what it copies, phase 1 the labels of a saved sheet.
+    """
+    unseen = 0
+    for image in images:
+        journal = book.of(image).journal
+        given, seen = (
+            (journal.get(key) or {}).get("class") for key in ("copied", "confirmed")
+        )
+        unseen += given == image.label != seen
+    if unseen:
+        log.warning(
+            "warning: %d labels are the program's own answers, unseen by you", unseen
+        )
 
 
 def questions_for(label: str, cfg: Config) -> list[Question]:
@@ -597,8 +624,9 @@ def run(cfg: Config) -> int:
     with utils.lock(folder / ".fase2.lock", held):
         journal.mkdir(exist_ok=True)
         if cfg.finished_only:
-            images = identify(paths, cfg.folder("labelled_dir"), rejections)
+            images = identify(paths, cfg, rejections)
             book = AnswerBook(journal, cfg, last_server(journal))
+            warn_of_own_answers(images, book)
         else:
             images, book, failures = utils.run_async(interview(paths, cfg, rejections))
         if cfg.estimate:
@@ -644,11 +672,12 @@ async def interview(
     folder = cfg.folder("dataset_dir")
     async with VlmServer(cfg, log.info) as server:
         await server.check_models()  # one that isn't there shows before files are read
-        images = identify(paths, cfg.folder("labelled_dir"), rejections)
+        images = identify(paths, cfg, rejections)
         warn_of_counts(images)
         facts = await server.preflight()
         book = AnswerBook(folder / config.JOURNAL_DIR, cfg, facts)
         announce(cfg, facts, images, book)
+        warn_of_own_answers(images, book)
         if not cfg.estimate:
             # The dataset will change: until it is whole again it has no manifest.
             (folder / config.MANIFEST).unlink(missing_ok=True)

@@ -19,7 +19,9 @@ only, one decision per image, by the very rule that phase 4 applies.
 import io
 import logging
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -1353,6 +1355,93 @@ def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
     yield from (check["warning"] for check in metrics["checks"] if check["warning"])
 
 
+# --- The report as a page -------------------------------------------------------------
+
+
+def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
+    """All that the console says, and the images, the likeliest wrong labels first."""
+    folder, listed = data.cfg.folder("dataset_dir"), metrics["held_out"]
+    ids = [line["image_id"] for line in data.lines]
+    doubtful = {  # these are shown with their descriptions and the nearest images
+        each["image_id"]
+        for place, each in enumerate(listed)
+        if place < len(listed) / 10 or each["class"] != each["descriptions_say"]
+    }
+    texts: dict[str, list[str]] = {}
+    for row in utils.read_csv(folder / config.DATASET_ROWS):
+        if row["image_id"] in doubtful and row["prompt_set"] == "generic":
+            texts.setdefault(row["image_id"], []).append(row["description"])
+    scaled = StandardScaler().fit_transform(data.pixels)
+    found = utils.fit_neighbours(scaled, 4).kneighbors(scaled, return_distance=False)
+    near = {
+        ids[image]: [(ids[at], data.lines[at]["file"]) for at in others if at != image]
+        for image, others in enumerate(found.tolist())
+        if ids[image] in doubtful
+    }
+    tiles = [
+        utils.Tile(
+            name=each["file"],
+            picture=each["image_id"],
+            label=each["class"],
+            state=f"{each['class']} → {each['descriptions_say']}",
+            shares={f"for {each['class']}": each["own_probability"]},
+            lines=[f"picture says {each['picture_says']}", each["reason"]],
+            near=near.get(each["image_id"], ())[:3],
+            details=texts.get(each["image_id"], ()),
+        )
+        for each in listed
+    ]
+    sections = [utils.Section("Read this first", metrics["warnings"], warning=True)]
+    console = "\n".join(report_lines(metrics, verbose=False))
+    made, *blocks = re.split(r"\n\n(?=\S)", console)
+    for block in blocks[:4]:
+        title, *lines = block.splitlines()
+        sections.append(utils.Section(title, lines))
+    behind, names = Counter(tile.state for tile in tiles), metrics["class_names"]
+    matrix: list[list[str | tuple[str, str]]] = [["is", *(f"→ {n}" for n in names)]]
+    for name in names:
+        states = [f"{name} → {says}" for says in names]
+        matrix.append([name, *((str(behind[state]), state) for state in states)])
+    thumbnails = (folder / config.THUMBNAIL_DIR / f"{image}.jpg" for image in ids)
+    return utils.Sheet(
+        title=f"How good the model is: {made}",
+        folder="",
+        tiles=tiles,
+        pictures={p.stem: p.read_bytes() for p in thumbnails if p.is_file()},
+        classes=names,
+        sections=[
+            *sections[not metrics["warnings"] :],
+            utils.Section(
+                "Images by the descriptions; a number shows them", (), matrix
+            ),
+            utils.Section("Figures", charts=charts(metrics)),
+            utils.Section("Is the label right? The least probable ones stand first"),
+        ],
+        foot=["This page shows training images. The model works without it."],
+    )
+
+
+def charts(metrics: Mapping[str, Any]) -> list[utils.Chart]:
+    """Reliability, errors by share answered, accuracy by number of descriptions."""
+    found, repeats = metrics["confidence"], metrics["splits"]["repeats"]
+    sure = [(x, right, *wilson(right, n / repeats)) for x, right, n in found["bins"]]
+    errors = [
+        (share, error, error, error) for share, error in found["errors_by_answered"]
+    ]
+    top = next(y for y in (0.1, 0.2, 0.4, 1) if y >= max(e[1] for e in errors))
+    counted = [
+        (float(name.split()[1]), value["value"], *value["interval"])
+        for name, value in metrics["comparison"].items()
+        if name.startswith("descriptions: ")
+    ]
+    most = max((at for at, *_ in counted), default=1.0)
+    return [
+        utils.Chart("Right, by confidence", "confidence", sure, diagonal=True),
+        utils.Chart("Errors, by share answered", "share answered", errors, y_max=top),
+        utils.Chart("Accuracy, by descriptions", "descriptions", counted, x_max=most),
+    ]
+
+
 # --- The phase ------------------------------------------------------------------------
 
 
@@ -1431,8 +1520,10 @@ def run(cfg: Config) -> int:
 
     metrics["warnings"] = list(find_warnings(metrics, cfg))
     write_model(cfg.folder("model_dir"), data, chosen, metrics, draw_confusion(metrics))
+    page = cfg.folder("model_dir") / config.REPORT
+    utils.page(page, report_sheet(data, metrics))
     print(*report_lines(metrics, cfg.verbose), sep="\n")
-    print(f"\nmodel and figures in {cfg.folder('model_dir')}")
+    print(f"\nmodel and figures in {cfg.folder('model_dir')}; to look at: {page}")
     print("next: python fase4_inferencia_vlm.py FILE_OR_FOLDER …")
     return utils.EXIT_DONE
 

@@ -2,7 +2,8 @@
 
 Reads   DICOM files, or folders of them, and modelo_final_vlm/ of phase 3
 Writes  one line per image on the terminal; with --csv a table, with --json JSON Lines;
-        with --copy-to DIR a copy of every image in DIR/<CLASS>/ or DIR/no_concluyente/
+        with --copy-to DIR a copy of every image in DIR/<CLASS>/ or DIR/no_concluyente/;
+        with --html a page with the pictures, on which the doubtful ones can be labelled
 
     python fase4_inferencia_vlm.py new_image.dcm folder_of_images/
     new_image.dcm: MTF · MTF 96.4 %, TOR 2.5 %, FDT 1.1 %
@@ -346,6 +347,79 @@ class Table:
         self._file.close()
 
 
+class Gallery:
+    """The page of --html: written empty before the first question, whole at the end."""
+
+    def __init__(
+        self, path: Path, metrics: Mapping[str, Any], made_with: Any, cfg: Config
+    ) -> None:
+        self._path, self._made_with = path, made_with
+        self._classes = metrics["class_names"]
+        self._tiles: list[tuple[float, utils.Tile]] = []
+        self._pictures: dict[str, bytes] = {}
+        dataset = cfg.folder("dataset_dir")
+        self._thumbnails = dataset / config.THUMBNAIL_DIR
+        images = dataset / config.DATASET_IMAGES
+        rows = utils.read_csv(images) if images.is_file() else []
+        self._ids = {row["file"]: row["image_id"] for row in rows}
+        self.write()
+
+    def add(self, result: Result) -> None:
+        """Take one image: what to label next comes first."""
+        decision, file = result.decision, str(result.path.resolve())
+        tile = utils.Tile(name=str(result.path), state="failed", lines=[result.error])
+        doubt = -1.0
+        if decision and result.picture:
+            readers = {"descriptions": decision.words, "picture": decision.picture}
+            lines = [
+                f"{name}: {one.label}, novelty {one.novelty:.2f} of its limit"
+                for name, one in readers.items()
+                if one
+            ]
+            near = [file for one in readers.values() if one for file in one.nearest]
+            doubtful = decision.label == config.INCONCLUSIVE
+            shares = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
+            doubt = 2 * doubtful - max(decision.confidences.values(), default=0)
+            key = result.picture.image_id
+            tile = tile._replace(
+                picture=key,
+                file=file,
+                label="" if doubtful else decision.label,
+                state=config.INCONCLUSIVE if doubtful else "answered",
+                lines=[*filter(None, [decision.reason]), *lines],
+                shares=dict(shares),
+                near=[self._known(one) for one in dict.fromkeys(near)][:4],
+                details=result.texts,
+            )
+            self._pictures[key] = utils.thumbnail(result.picture.grey)
+        self._tiles.append((-doubt, tile))
+
+    def _known(self, file: str) -> tuple[str, str]:
+        """Key and name of a training image; its thumbnail is read if it is there."""
+        key = self._ids.get(file, "")
+        thumbnail = self._thumbnails / f"{key}.jpg"
+        if key not in self._pictures and key and thumbnail.is_file():
+            self._pictures[key] = thumbnail.read_bytes()
+        return key, file
+
+    def write(self) -> None:
+        """Write the page, also after Ctrl-C, with the images that are there."""
+        tiles = [tile for _, tile in sorted(self._tiles, key=lambda pair: pair[0])]
+        doubtful = sum(tile.state == config.INCONCLUSIVE for tile in tiles)
+        title = f"{doubtful} of {len(tiles)} images are {config.INCONCLUSIVE}"
+        first = "They stand first: label those that should be known, and train again."
+        sheet = utils.Sheet(
+            title=f"Phase 4: {len(tiles)} images, {now()}",
+            folder=str(self._path.resolve().parent),
+            tiles=tiles,
+            pictures=self._pictures,
+            classes=self._classes,
+            sections=[utils.Section(title, [first, utils.HOW_TO_MARK])],
+            foot=[f"{k}: {v}" for k, v in self._made_with.items() if v],
+        )
+        utils.page(self._path, sheet)
+
+
 def copy_into(folder: Path, result: Result, book: AnswerBook) -> None:
     """Copy an image into the folder of its class; the original stays where it is.
 
@@ -439,6 +513,9 @@ async def classify(
                 "model": utils.sha256_of(folder / config.METRICS)[:12],
                 "warnings": warnings,
             }
+            gallery = Gallery(cfg.html, metrics, made_with, cfg) if cfg.html else None
+            if gallery:
+                shown.callback(gallery.write)
 
             def deliver(result: Result) -> None:
                 nonlocal failed
@@ -449,6 +526,8 @@ async def classify(
                 bar.update()
                 if table:
                     table.add(found)
+                if gallery:
+                    gallery.add(result)
                 if cfg.copy_to:
                     copy_into(cfg.copy_to, result, book)
 

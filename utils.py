@@ -41,7 +41,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import filelock
@@ -1100,9 +1101,13 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
     RejectedError, Exception
         As `decode`.
     """
-    pixels = decode(dataset, middle_only=True)
+    return frame_of(decode(dataset, middle_only=True), 0)
+
+
+def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
+    """One frame as `decode_frame` gives it."""
     layout = pixels.layout
-    flat: NDArray[Any] = pixels.values.ravel()
+    flat: NDArray[Any] = pixels.values[index].ravel()
     if layout.photometric.endswith("_422"):
         data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
         flat = np.frombuffer(data, flat.dtype)
@@ -3099,3 +3104,380 @@ def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
         novelty=times_limit(distances.mean(), model.thresholds["pixels"]),
         nearest=[str(model.names[image]) for image in found[0, :3]],
     )
+
+
+# --- The page -----------------------------------------------------------------------
+# Owns how pictures look on screen and paper and how a person marks them. Never decides
+# what stands on a page, never asks the network, never needs a file beside the page.
+
+PAGE_TILES = 500
+"""Images a page: more are slow to open, and go to further pages."""
+
+
+HOW_TO_MARK = (
+    "To mark images: click, Shift+click or drag over a run, Ctrl+click, or arrow keys "
+    "and Space. To give them a class: its key (1 to 9) or n and a name; u takes it "
+    "back. Save, then run: python fase1_descompresion.py --labels etiquetas.csv"
+)
+
+
+class Tile(NamedTuple):
+    """One image on a page."""
+
+    name: str
+    picture: str = ""  # key of its thumbnail in Sheet.pictures
+    file: str = ""  # what a saved list calls it; empty: gets no class here
+    group: str = ""
+    label: str = ""
+    state: str = ""
+    lines: Sequence[str] = ()
+    shares: Mapping[str, float] = MappingProxyType({})  # drawn as bars
+    near: Sequence[tuple[str, str]] = ()  # (key, name) of images like it
+    details: Sequence[str] = ()
+    rank: int = 0  # its place in the second of Sheet.orders
+
+
+class Chart(NamedTuple):
+    """A curve: y is a share, and so is x where `x_max` is 1."""
+
+    title: str
+    x_title: str
+    points: Sequence[tuple[float, float, float, float]]  # x, y, interval of y
+    x_max: float = 1.0
+    y_max: float = 1.0
+    diagonal: bool = False
+
+
+class Section(NamedTuple):
+    """Lines, a table (header first) and charts above the images."""
+
+    title: str
+    lines: Sequence[str] = ()
+    rows: Sequence[Sequence[str | tuple[str, str]]] = ()  # (cell, state that it shows)
+    charts: Sequence[Chart] = ()
+    warning: bool = False
+
+
+class Sheet(NamedTuple):
+    """What a page shows. Its texts may hold anything: they are escaped."""
+
+    title: str
+    folder: str  # the classes given in the browser are remembered for it
+    tiles: Sequence[Tile]
+    pictures: Mapping[str, bytes]  # JPEG
+    classes: Sequence[str]
+    sections: Sequence[Section] = ()
+    orders: Sequence[str] = ()
+    foot: Sequence[str] = ()
+
+
+def thumbnail(grey: NDArray[np.uint8]) -> bytes:
+    """JPEG of at most 160 pixels a side and about 2 to 4 kB.
+
+    Parameters
+    ----------
+    grey : ndarray, uint8 (rows, columns)
+        With or without the padding of `prepare_image`.
+    """
+    image = Image.fromarray(_without_padding(grey))
+    image.thumbnail((160, 160), Image.Resampling.BOX)
+    for quality in (75, 55, 35, 20, 10):
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=quality)
+        if jpeg.tell() <= 4000:
+            break
+    return jpeg.getvalue()
+
+
+def preview(pixels: Pixels, dataset: Dataset) -> bytes:
+    """Thumbnail of the middle frame of a decoded image, cheaply: of every n-th pixel.
+
+    In the grey window of `prepare_image`, found on these pixels: nearly its picture.
+    """
+    frame = frame_of(pixels, len(pixels.values) // 2)
+    step = max(1, max(frame.shape[:2]) // 480)
+    values = _display_values(frame[::step, ::step], dataset)
+    height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
+    scale = 160 / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = Image.fromarray(values).resize(size, Image.Resampling.BOX)
+    return thumbnail(_window(np.asarray(small)))
+
+
+def page(path: Path, sheet: Sheet) -> None:
+    """Write `path`, and `path`_2 … for every further 500 images, where it changed.
+
+    A page needs nothing but a browser: thumbnails, styles and script are inside it.
+    """
+    import jinja2  # noqa: PLC0415 - loaded only where a page is made
+
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    count = max(1, math.ceil(len(sheet.tiles) / PAGE_TILES))
+    names = [f"_{n}" if n > 1 else "" for n in range(1, count + 1)]
+    paths = [path.with_stem(path.stem + name) for name in names]
+    for number, target in enumerate(paths):
+        tiles = sheet.tiles[number * PAGE_TILES :][:PAGE_TILES]
+        keys = {key for t in tiles for key in (t.picture, *(k for k, _ in t.near))}
+        pictures = {
+            key: base64.b64encode(sheet.pictures[key]).decode()
+            for key in keys
+            if key in sheet.pictures
+        }
+        html = template.render(
+            sheet=sheet, tiles=tiles, pictures=pictures, paths=paths, number=number
+        ).encode("utf-8", "backslashreplace")
+        if not target.is_file() or target.read_bytes() != html:
+            with atomic_write(target) as file:
+                file.write(html)
+
+
+_PAGE = r"""<!doctype html>
+{% macro picture(key, name) %}
+<img data-key="{{ key }}" alt="{{ name }}" title="{{ name }}" draggable="false"
+{%- if key in pictures %} src="data:image/jpeg;base64,{{ pictures.pop(key) }}"
+{%- endif %}>{% endmacro %}
+{% macro shown(v, top=1) %}
+{{ "%.3g %%"|format(v * 100) if top <= 1 else "%.3g"|format(v) }}{% endmacro %}
+{% macro chart(c) %}
+{% macro x(v) %}{{ (50 + 250 * v / c.x_max)|round(1) }}{% endmacro %}
+{% macro y(v) %}{{ (190 - 176 * [v / c.y_max, 1]|min)|round(1) }}{% endmacro %}
+<figure><h3>{{ c.title }}</h3><svg viewBox="0 0 320 230" role="img">
+{% for v in (0, 0.25, 0.5, 0.75, 1) %}
+<path class="axis" d="M50 {{ y(v * c.y_max) }}H300"/>
+<text x="44" y="{{ y(v * c.y_max) }}" class="left">{{ shown(v * c.y_max) }}</text>
+<text x="{{ x(v * c.x_max) }}" y="206">{{ shown(v * c.x_max, c.x_max) }}</text>
+{% endfor %}
+<text x="175" y="224">{{ c.x_title }}</text>
+{% if c.diagonal %}<path class="axis" d="M50 190L300 14"/>{% endif %}
+<polyline points="{% for p in c.points %}{{ x(p[0]) }},{{ y(p[1]) }} {% endfor %}"/>
+{% for p in c.points %}
+<path class="span" d="M{{ x(p[0]) }} {{ y(p[2]) }}V{{ y(p[3]) }}"/>
+<circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="3"><title>{{ shown(p[0], c.x_max)
+ }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to {{ shown(p[3]) }})</title></circle>
+{% endfor %}</svg></figure>{% endmacro %}
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src data: 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><title>{{ sheet.title }}</title>
+<style>
+:root { color-scheme: light dark; --back: #f3f5f8; --card: #fff; --ink: #1a1f26;
+  --dim: #58626f; --line: #d3d9e1; --blue: #0b5fd0; --warn: #fff1cc }
+@media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1d232b;
+  --ink: #e5e9ee; --dim: #9aa5b2; --line: #36404b; --blue: #72adff; --warn: #3b3010 } }
+* { box-sizing: border-box } [hidden], .chip:empty { display: none !important }
+html { background: var(--back); color: var(--ink); overflow-wrap: anywhere }
+body { margin: auto; padding: 0 16px 32px; max-width: 1700px; font: 14px/1.4 system-ui }
+h1 { font-size: 21px; margin: 14px 0 4px } h2 { font-size: 16px; margin: 12px 0 4px }
+h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
+#sections, main { display: grid; gap: 10px; margin-bottom: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)) }
+#sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
+.warning, section:has(svg), main h2 { grid-column: 1 / -1 }
+.warning { background: var(--warn); padding: 0 14px 10px }
+button, select, #find, #name { font: inherit; color: inherit; padding: 4px 9px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px }
+#classes button { border-left: 6px solid var(--c) } button, .mark { cursor: pointer }
+#save { background: var(--blue); color: var(--back) } .mark { user-select: none }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 1px }
+.row { display: flex; flex-wrap: wrap; gap: 6px } .tile.on { border-color: var(--blue) }
+#bar { position: sticky; top: 0; z-index: 2; background: var(--back); padding: 8px 0;
+  margin: 10px 0; border-bottom: 1px solid var(--line); align-items: center }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: 3px 10px; border-bottom: 1px solid var(--line); text-align: right }
+tr > :first-child { text-align: left } figure, .tile, .warning { border-radius: 8px }
+figure { margin: 0; flex: 0 1 340px; padding: 8px 10px; background: var(--card) }
+svg { width: 100%; font-size: 11px; fill: var(--blue) } .span { opacity: .5 }
+text { fill: var(--dim); text-anchor: middle; dominant-baseline: middle }
+path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
+.axis { stroke: var(--line); stroke-width: 1 } .left { text-anchor: end }
+.tile { background: var(--card); border: 2px solid transparent; padding: 7px;
+  border-left: 6px solid var(--c, transparent); position: relative; font-size: 13px }
+.many .tile { content-visibility: auto; contain-intrinsic-size: auto 290px }
+.tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0 }
+.tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
+.tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
+.mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace }
+.mono { white-space: pre-wrap; padding-left: 21ch; text-indent: -21ch }
+.wide .tile > img { width: 160px; float: left; margin-right: 10px }
+.rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
+.rest small, .rest img { width: 84px; color: var(--dim) }
+.chip { font-weight: 650; border: 1px solid var(--line); padding: 0 7px;
+  border-radius: 9px; margin-right: 4px } .mine { background: var(--c); color: #000 }
+.share::before { content: ""; display: inline-block; width: 78px; height: 9px;
+  background: linear-gradient(var(--blue) 0 0) 0 / var(--share) no-repeat var(--line) }
+@media print { #bar, input { display: none } body { print-color-adjust: exact }
+  .tile { break-inside: avoid; border-color: #999; content-visibility: visible } }
+</style>
+<body data-folder="{{ sheet.folder }}" data-classes='{{ sheet.classes|tojson }}'
+ data-save="etiquetas{{ "_%d"|format(number + 1) if paths|length > 1 }}.csv">
+<h1><bdi>{{ sheet.title }}</bdi></h1><div id="sections">{% for s in sheet.sections %}
+<section{% if s.warning %} class="warning"{% endif %}><h2>{{ s.title }}</h2>
+{% for line in s.lines %}<p{% if line[:2] == "  " %} class="mono"{% endif %}
+><bdi>{{ line }}</bdi></p>{% endfor %}
+<table>{% for row in s.rows %}{% set tag = "th" if loop.first else "td" %}<tr>
+{% for cell in row %}<{{ tag }}>{% if cell is string %}<bdi>{{ cell }}</bdi>{% else %}
+<button data-show="{{ cell[1] }}" title="{{ cell[1] }}">{{ cell[0] }}</button>
+{% endif %}</{{ tag }}>{% endfor %}</tr>{% endfor %}</table>
+<div class="row">{% for c in s.charts %}{{ chart(c) }}{% endfor %}</div></section>
+{% endfor %}</div>
+<div id="bar" class="row">
+<input id="find" type="search" placeholder="find text ( / )" aria-label="find text">
+<select id="only" aria-label="class or state"><option value="">all<option>no class
+{% for name in sheet.tiles|map(attribute="state")|unique if name %}
+<option value="{{ name }}">{{ name }}{% endfor %}</select>
+<select id="order" aria-label="order"{% if not sheet.orders %} hidden{% endif %}>
+{% for order in sheet.orders %}<option>{{ order }}{% endfor %}</select>
+{% if paths|length > 1 %}{% for p in paths %}<a href="{{ p.name|urlencode }}"
+{%- if loop.index0 == number %} aria-current="page"{% endif %}>page {{ loop.index }}</a>
+{% endfor %}{% endif %}
+<span id="give" class="row"><span id="classes" class="row"></span>
+<input id="name" placeholder="other class ( n )" aria-label="other class" size="14">
+<button id="none">take back ( u )</button><button id="save"></button></span>
+<output id="said" class="dim"></output></div>
+<main class="{{ "wide" if tiles|selectattr("shares")|list }}
+ {{ "many" if tiles|length > 100 }}">
+{% for t in tiles %}
+{% if t.group and loop.changed(t.group) %}<h2><bdi>{{ t.group }}</bdi></h2>{% endif %}
+<article class="tile{{ " mark" if t.file }}" data-file="{{ t.file }}"
+ data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ t.rank }}">
+{{ picture(t.picture, t.name) }}
+{% if t.file %}<input type="checkbox" aria-label="{{ t.name }}">{% endif %}
+<bdi class="mine chip"></bdi><bdi class="chip">{{ t.label }}</bdi>
+<bdi class="dim">{{ t.state }}</bdi>
+{% for name, share in t.shares.items() %}
+{% set part = "%.1f%%"|format(share * 100) %}
+<div class="share" style="--share: {{ part }}"> {{ part }} <bdi>{{ name }}</bdi></div>
+{% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
+<h3><bdi>{{ t.name }}</bdi></h3>
+<div class="rest row">{% for key, name in t.near %}
+<small>{{ picture(key, name) }}<bdi>{{ name.split("/")[0] }}</bdi></small>
+{% endfor %}</div>
+{% if t.details %}<details class="rest"><summary>descriptions</summary>
+{% for line in t.details %}<p><bdi>{{ line }}</bdi></p>{% endfor %}</details>{% endif %}
+</article>
+{% endfor %}</main>
+<footer class="dim">{% for line in sheet.foot %}<p>{{ line }}</p>{% endfor %}</footer>
+<script>
+const $ = (id) => document.getElementById(id), data = document.body.dataset;
+const all = (css) => [...document.querySelectorAll(css)], main = all("main")[0];
+const tiles = all(".tile"), nodes = [...main.children], store = "marks " + data.folder;
+const colours = ["#56b4e9", "#e69f00", "#2fb58a", "#f0e442", "#cc79a7", "#d5733c"];
+let marks = new Map(), names = [], anchor = null, drag = false;
+const box = (tile) => tile.querySelector("input");
+const seen = () => all(".mark:not([hidden])");
+const chosen = () => seen().filter((tile) => box(tile).checked);
+const saved = () => tiles.filter((tile) => marks.get(tile.dataset.file));
+const say = (text) => { $("said").textContent = text; };
+function load() { // another window may have changed them
+  try { marks = new Map(JSON.parse(localStorage.getItem(store) || "[]")); } catch {}
+}
+function chose() {
+  for (const tile of all(".mark")) tile.classList.toggle("on", box(tile).checked);
+  const shown = `${all(".tile:not([hidden])").length} shown`;
+  say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
+}
+function choose(from, to) { // marks the images from one to another, and no others
+  const list = seen(), ends = [list.indexOf(from), list.indexOf(to)];
+  const [low, high] = ends.sort((a, b) => a - b);
+  list.forEach((tile, at) => { box(tile).checked = at >= low && at <= high; });
+  chose();
+}
+function show() {
+  const count = new Map(JSON.parse(data.classes).map((name) => [name, 0]));
+  const text = $("find").value.toLowerCase(), only = $("only").value;
+  for (const tile of tiles) {
+    const mine = marks.get(tile.dataset.file) || "", name = mine || tile.dataset.label;
+    if (name) count.set(name, (count.get(name) || 0) + 1);
+    names = [...count.keys()];
+    tile.style.setProperty("--c", colours[names.indexOf(name) % 6] || "transparent");
+    tile.querySelector(".mine").textContent = mine;
+    tile.hidden = !tile.textContent.toLowerCase().includes(text)
+      || (only && only !== (name || "no class") && only !== tile.dataset.state);
+    if (tile.hidden && box(tile)) box(tile).checked = false;
+  }
+  $("classes").replaceChildren(...names.map((name, at) => {
+    const button = document.createElement("button"), digit = at < 9 ? at + 1 : "";
+    button.textContent = `${digit} ${name}: ${count.get(name)}`;
+    button.style.setProperty("--c", colours[at % 6]);
+    button.onclick = () => give(name);
+    return button;
+  }));
+  const listed = [...$("only").options].map((option) => option.value);
+  names.filter((name) => !listed.includes(name))
+    .forEach((name) => $("only").add(new Option(name, name)));
+  $("save").textContent = `Save ${data.save} (${saved().length})`;
+  const sorted = $("order").selectedIndex > 0;
+  for (const head of all("main h2")) head.hidden = sorted || text || only;
+  chose();
+}
+function give(name) {
+  const some = chosen().length ? chosen() : [document.activeElement.closest(".mark")];
+  if (!some[0]) return say("Mark images first: click, drag, or arrow keys and Space.");
+  if (/^[.\s]|[\\/:*?"<>|\x00-\x1f]|[.\s]$/.test(name))
+    return say("No folder can have that name.");
+  load();
+  for (const tile of some) marks.set(tile.dataset.file, name);
+  show();
+  try { localStorage.setItem(store, JSON.stringify([...marks])); }
+  catch { say("This browser forgets the classes with the page: save before."); }
+}
+function move(step, extend) {
+  const here = document.activeElement.closest(".mark"), list = seen();
+  const to = list[here ? list.indexOf(here) + step : 0];
+  if (!to) return;
+  if (extend) choose(anchor ||= here, to); else anchor = to;
+  box(to).focus();
+}
+$("save").onclick = () => {
+  const cell = (text) => '"' + text.replace(/^[=+\-@\t\r']/, "'$&") // no formula
+    .replaceAll('"', '""') + '"';
+  const lines = saved().map(({ dataset: { file } }) => [file, marks.get(file)]);
+  const csv = [["file", "class"], ...lines].map((line) => line.map(cell) + "\r\n");
+  const blob = new Blob(["\ufeff", ...csv], { type: "text/csv" });
+  const link = { href: URL.createObjectURL(blob), download: data.save };
+  Object.assign(document.createElement("a"), link).click();
+  say(`Next: python fase1_descompresion.py --labels ${data.save}`);
+};
+main.onmousedown = (event) => {
+  const tile = event.target.closest(".mark");
+  if (!tile || event.button || event.target.closest("input, .rest")) return;
+  event.preventDefault(); box(tile).focus({ preventScroll: true });
+  if (event.ctrlKey || event.metaKey) return box(tile).click();
+  if (!event.shiftKey || !anchor) anchor = tile;
+  drag = true; choose(anchor, tile);
+};
+main.onmouseover = (event) => {
+  const tile = event.target.closest(".mark");
+  if (drag && event.buttons & 1 && tile) choose(anchor, tile);
+};
+document.onmouseup = () => { drag = false; };
+main.onchange = (event) => { anchor = event.target.closest(".mark"); chose(); };
+document.onkeydown = ({ key, target, shiftKey, altKey, ctrlKey, metaKey }) => {
+  if (key === "Escape") { target.blur(); choose(); }
+  if (key === "Enter" && target === $("name")) {
+    give(target.value.trim()); target.value = ""; target.blur();
+  }
+  if (target.matches("select, #find, #name") || altKey || ctrlKey || metaKey) return;
+  const across = getComputedStyle(main).gridTemplateColumns.split(" ").length;
+  const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across };
+  const name = key.toLowerCase() === "u" ? "" : names[key - 1];
+  if (step[key]) move(step[key], shiftKey);
+  else if (name !== undefined) give(name);
+  else if (key === "n" || key === "/") $(key === "n" ? "name" : "find").focus();
+  else return true;
+  return false;
+};
+$("find").oninput = $("only").oninput = show; $("none").onclick = () => give("");
+$("order").oninput = () => {
+  const byRank = [...tiles].sort((a, b) => a.dataset.rank - b.dataset.rank);
+  main.append(...($("order").selectedIndex ? byRank : nodes)); show();
+};
+for (const button of all("[data-show]")) button.onclick = () => {
+  $("only").value = button.dataset.show; show(); $("bar").scrollIntoView();
+};
+const first = new Map(all("img[src]").map((img) => [img.dataset.key, img.src]));
+for (const img of all("img:not([src])")) img.src = first.get(img.dataset.key) || "";
+$("give").hidden = !all(".mark").length;
+(onstorage = () => { load(); show(); })();
+</script>
+"""
