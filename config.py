@@ -78,7 +78,7 @@ NEIGHBOURS = "vecinos.npz"
 
 # --- Image preparation: decoded pixels -> what the VLM sees -------------------------
 
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 """Raise it when the code of the preparation changes what it sends."""
 
 IMAGE_SIDE_PX = 336

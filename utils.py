@@ -1390,10 +1390,18 @@ def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
         raise RejectedError(
             f"is too small: {columns}×{rows} pixels, {MIN_SIDE_PX} a side are needed"
         )
-    if pixels.min() == pixels.max():
-        raise RejectedError(f"has no contrast: every pixel is {pixels.flat[0]}")
-    small = _reduce(_display_values(pixels, dataset), _pixel_aspect(dataset))
-    view = _pad(_window(small))
+    padding = _padding(pixels, dataset)
+    is_padded = bool(padding.any())
+    content = pixels[~padding] if is_padded else pixels
+    if not content.size or content.min() == content.max():
+        value = content.flat[0] if content.size else "padding"
+        raise RejectedError(f"has no contrast: every pixel is {value}")
+    values, aspect = _display_values(pixels, dataset), _pixel_aspect(dataset)
+    share = np.ones(0)
+    if is_padded:
+        values[padding] = np.median(values[~padding])  # else it bleeds inwards
+        share = _reduce((~padding).astype(np.float32), aspect)
+    view = _pad(_window(_reduce(values, aspect), share))
     png = io.BytesIO()
     Image.fromarray(view).save(png, "PNG", compress_level=1)
     return PreparedImage(
@@ -1594,17 +1602,48 @@ def _reduce(values: NDArray[np.float32], aspect: float) -> NDArray[np.float32]:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
-def _window(small: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks."""
-    low, high = np.percentile(small, config.WINDOW_PERCENTILES)
+def _padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
+    """Which pixels are no image, bool (rows, columns) (PS3.3 C.7.5.1.1.2).
+
+    Their stored values are PixelPaddingValue, or reach from it to the range limit. A
+    value that its VR gives another sign is brought into the range of the pixels.
+    """
+    ends = [
+        number(text(dataset, keyword))
+        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    ]
+    if pixels.ndim == 3 or ends[0] is None:
+        return np.zeros(pixels.shape[:2], bool)
+    known = np.array([int(one) for one in ends if one is not None])
+    low, high = np.sort(known.astype(pixels.dtype))[[0, -1]]
+    return np.asarray((low <= pixels) & (pixels <= high))
+
+
+def _window(
+    small: NDArray[np.float32], share: NDArray[np.floating[Any]]
+) -> NDArray[np.uint8]:
+    """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks.
+
+    `share` tells how much of a pixel is image, 0 to 1; it is empty where there is no
+    padding. Padding has no part in the window, and is drawn as what stands beside the
+    image.
+    """
+    inside = share > 0.99 if share.size else np.ones(small.shape, bool)
+    inside = inside if inside.any() else share >= share.max()
+    content = small[inside]
+    low, high = np.percentile(content, config.WINDOW_PERCENTILES)
     if low == high:
-        low, high = small.min(), small.max()
-    width = max(high - low, config.WINDOW_MIN_NOISE_SDS * _noise_sd(small), 1e-6)
+        low, high = content.min(), content.max()
+    noise = _noise_sd(small, inside)
+    width = max(high - low, config.WINDOW_MIN_NOISE_SDS * noise, 1e-6)
     scaled = (small - (low + high) / 2) / width + 0.5
-    return np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
+    grey = np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
+    if share.size:
+        grey[share < 0.5] = config.PADDING_GREY
+    return grey
 
 
-def _noise_sd(values: NDArray[np.float32]) -> float:
+def _noise_sd(values: NDArray[np.float32], inside: NDArray[np.bool_]) -> float:
     """Noise SD from the median of a second difference that slopes and edges cancel in.
 
     Immerkær, Computer Vision and Image Understanding 64 (1996) 300, with the median in
@@ -1614,7 +1653,11 @@ def _noise_sd(values: NDArray[np.float32]) -> float:
         return 0.0
     rows = values[:-2] - 2 * values[1:-1] + values[2:]
     both = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
-    return float(np.median(np.abs(both)) / 0.6745 / 6)
+    rows_inside = inside[:-2] & inside[1:-1] & inside[2:]
+    whole = rows_inside[:, :-2] & rows_inside[:, 1:-1] & rows_inside[:, 2:]
+    if not whole.any():
+        return 0.0
+    return float(np.median(np.abs(both[whole])) / 0.6745 / 6)
 
 
 def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -1638,8 +1681,8 @@ EMBED_CHUNK = 32
 CONNECT_S, ANSWER_S, LOAD_S = 5.0, 600.0, 900.0
 """Seconds to reach the server, to wait for one answer, and for a model to load.
 
-On two processor cores a model of llava-phi3's size takes some 100 s to read a new image
-and prompt, and the request behind it waits for its turn.
+On two cores a model of llava-phi3's size takes some 100 s to read a new image and
+prompt, and the request behind it waits for its turn.
 """
 
 TRIES, FIRST_PAUSE_S = 5, 0.5
@@ -1648,11 +1691,11 @@ TRIES, FIRST_PAUSE_S = 5, 0.5
 GIVE_UP_AFTER = 8
 """Requests given up in a row, none answered between, that stop the run."""
 
-WORTH_AN_ENCODE = 6
-"""Open questions of an image for which an idle slot takes it in."""
-
 BAD_ANSWERS = 12
 """So many unusable answers in a row, or half of as many first ones, stop the run."""
+
+WORTH_AN_ENCODE = 6
+"""Open questions of an image for which an idle slot takes it in."""
 
 SAME_EMBEDDING = 0.9999
 """Cosine below which two embeddings of one text are not of the same engine."""
@@ -1697,10 +1740,9 @@ def questions(prompt_set: str, count: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the VLM said, and whether it can be used."""
+    """What the VLM said, up to the first control token, and whether it can be used."""
 
     text: str
-    """Up to the first control token."""
     problem: str
     """One of HARD_PROBLEMS, "cut", or "" when all is well."""
     record: Mapping[str, Any]
@@ -1720,30 +1762,28 @@ def judged(record: Mapping[str, Any]) -> Answer:
     """
     text = _CONTROL_TOKEN.split(str(record.get("text", "")), maxsplit=1)[0].strip()
     old = record.get("problem")
-    if not record.get("done", "text" in record and old != "broken"):
-        problem = "broken"
-    elif not text:
-        problem = "empty"
-    elif _loops(text):
-        problem = "looping"
-    elif _DECLINED.match(text.lower().replace("\u2019", "'")):
-        problem = "declined"
-    elif record.get("quarantined"):
-        problem = "unembeddable"
-    else:
-        cut = record.get("done_reason") == "length" or old == "cut"
-        problem = "cut" if cut else ""
-    return Answer(text, problem, record)
+    done = record.get("done", "text" in record and old != "broken")
+    cut = record.get("done_reason") == "length" or old == "cut"
+    problems = {
+        "broken": not done,
+        "empty": not text,
+        "looping": _loops(text),
+        "declined": _DECLINED.match(text.lower().replace("\u2019", "'")) is not None,
+        "unembeddable": bool(record.get("quarantined")),  # version 1.0
+        "cut": cut,
+    }
+    return Answer(
+        text, next((name for name, is_so in problems.items() if is_so), ""), record
+    )
 
 
 def _loops(text: str) -> bool:
     """Few characters, a tenth when compressed, or four words again and again."""
-    if len(text) >= 12 and len(set(text) - {" "}) < 6:
-        return True
+    few = len(text) >= 12 and len(set(text) - {" "}) < 6
     packed = zlib.compress(text.encode("utf-8", "replace"))
     words = text.lower().split()
     runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-    return len(packed) * 10 <= len(text) or (bool(runs) and max(runs.values()) > 5)
+    return few or len(packed) * 10 <= len(text) or max(runs.values(), default=0) > 5
 
 
 def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
@@ -1752,10 +1792,8 @@ def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
     The first whole one; a cut one only where a second attempt was no better.
     """
     whole = [a for a in answers if not a.problem]
-    cut = [a for a in answers if a.problem == "cut"]
-    if whole:
-        return whole[0]
-    return cut[0] if cut and len(answers) > 1 else None
+    cut = [a for a in answers if a.problem == "cut" and len(answers) > 1]
+    return next(iter(whole + cut), None)
 
 
 @dataclass(frozen=True)
@@ -1789,20 +1827,13 @@ def conditions(cfg: config.Config, facts: ServerFacts | None) -> dict[str, Any]:
     }
     if facts is None:
         return chosen
-    return {
-        **chosen,
-        "vlm_digest": facts.vlm_digest,
-        "embedder_digest": facts.embedder_digest,
-    }
+    digests = {name: getattr(facts, name) for name in ("vlm_digest", "embedder_digest")}
+    return chosen | digests
 
 
 def vlm_options(cfg: config.Config) -> dict[str, Any]:
     """Sampling and runner options of every description, without its seed."""
-    return {
-        "temperature": cfg.temperature,
-        "num_predict": cfg.num_predict,
-        "num_ctx": cfg.num_ctx,
-    }
+    return {n: getattr(cfg, n) for n in ("temperature", "num_predict", "num_ctx")}
 
 
 def embed_prefix(cfg: config.Config) -> str:
@@ -1844,8 +1875,8 @@ class AnswerBook:
     """The folder of answers: one journal per image, and one of the servers seen.
 
     Answers are found by the digest of all that was asked, vectors by text, embedder and
-    engine, which is the first server whose probe sentence had today's embedding: what
-    was asked otherwise is not found, so nothing old is mixed in.
+    engine (the first server whose probe sentence had today's embedding): what was asked
+    otherwise is not found, so nothing old is mixed in.
 
     Parameters
     ----------
@@ -1866,37 +1897,44 @@ class AnswerBook:
         """What a person should know of the server against the last one."""
         self.engine = self._recognise()
 
-    def _open(self, name: str) -> "Journal":
+    def _open(self, name: str) -> Journal:
         if self.folder is None:
             return Journal(None)
         return Journal(self.folder / name, lock_file=self.folder / ".lock")
 
     def _recognise(self) -> str:
         """The engine whose probe has today's embedding; a new one is recorded."""
-        facts, packed = self.facts, pack_vector(self.facts.probe)
-        last = self.servers.get("last") or {}
+        facts, last = self.facts, self.servers.get("last") or {}
         mine = {"embedder_digest": facts.embedder_digest, "prefix": self.prefix}
-        kin = [
-            (key, cosine(unpack_vector(one["probe"]), facts.probe))
+        kin = {
+            key: cosine(unpack_vector(one["probe"]), facts.probe)
             for key, one in self.servers.items()
-            if key != "last" and mine.items() <= one.items()
-        ]
-        engine = next((key for key, near in kin if near >= SAME_EMBEDDING), "")
+            if key not in ("last", "sight") and mine.items() <= one.items()
+        }
+        now = {**mine, "probe": pack_vector(facts.probe), "version": facts.version}
+        engine = next((k for k, near in kin.items() if near >= SAME_EMBEDDING), "")
         if kin and not engine:
             self.notes.append(
                 "the embedder gives other numbers than before (cosine of the probe "
-                f"sentence {kin[-1][1]:.4f}): texts are embedded anew"
+                f"sentence {max(kin.values()):.4f}): texts are embedded anew"
             )
         if last.get("version") not in (None, facts.version):
             self.notes.append(f"Ollama is {facts.version}, was {last['version']}")
-        now = {**mine, "probe": packed, "version": facts.version}
         if not engine:
-            engine = _key(mine, packed)
+            engine = _key(now)
             self.servers.add({"key": engine, **now})
-        seen = {**now, "vlm_digest": facts.vlm_digest, "engine": engine}
-        if last != seen:
-            self.servers.add({"key": "last", **seen})
+        now |= {"vlm_digest": facts.vlm_digest, "engine": engine}
+        if last != now:
+            self.servers.add({"key": "last", **now})
         return engine
+
+    def touch(self) -> None:
+        """Raise OSError where nothing can be written."""
+        self.servers.add()
+
+    def of(self, image: Identified) -> "ImageAnswers":
+        """What is known about one image."""
+        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
 
     async def confirm(self, server: "VlmServer") -> None:
         """The models are still the same, so that the answers so far hold.
@@ -1915,28 +1953,20 @@ class AnswerBook:
             raise
         del self.unconfirmed[:checked]
 
-    def touch(self) -> None:
-        """Raise OSError where nothing can be written."""
-        self.servers.add()
-
-    def of(self, image: "Identified") -> "ImageAnswers":
-        """What is known about one image."""
-        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
-
 
 class ImageAnswers:
     """All answers about one image and their vectors, under the book's conditions."""
 
     def __init__(self, book: AnswerBook, journal: Journal, image: Identified) -> None:
-        self.book, self.journal = book, journal
-        self._image_id, self._view_id = image.image_id, image.view_id
+        self.book, self.journal, self._image = book, journal, image
 
     def attempts(self, question: Question) -> list[Answer]:
         """The answers to a question so far, in the order of their attempts."""
         found: list[Answer] = []
-        while record := self.journal.get(self.key(question, len(found))):
+        while record := self.journal.get(self._key_of(question, len(found))):
             answer = judged(record)
-            if answer.usable and self._refused(answer.text):
+            vector = self.journal.get(self._vector_key(answer.text))
+            if answer.usable and vector and not vector.get("vector"):
                 answer = replace(answer, problem="unembeddable")
             found.append(answer)
         return found
@@ -1947,7 +1977,7 @@ class ImageAnswers:
 
     def vector(self, text: str) -> NDArray[np.float32] | None:
         """The embedding of a text, float32 (n_features,), if there is one yet."""
-        packed = (self.journal.get(self.vector_key(text)) or {}).get("vector")
+        packed = (self.journal.get(self._vector_key(text)) or {}).get("vector")
         return unpack_vector(packed) if packed else None
 
     def texts(self, asked: Sequence[Question]) -> list[str]:
@@ -1959,40 +1989,35 @@ class ImageAnswers:
         vectors = [self.vector(text) for text in self.texts(asked)]
         return np.stack([vector for vector in vectors if vector is not None])
 
-    def _refused(self, text: str) -> bool:
-        record = self.journal.get(self.vector_key(text))
-        return record is not None and not record.get("vector")
-
-    def key(self, question: Question, attempt: int) -> str:
-        """The digest of all that was asked."""
-        seed = question.seed(self._image_id, attempt)
-        book = self.book
-        return _key(
-            self._view_id, question.prompt, seed, book.options, book.facts.vlm_digest
-        )
-
-    def vector_key(self, text: str) -> str:
-        """The digest of what was embedded, and by what."""
-        book = self.book
-        return _key(book.prefix + text, book.facts.embedder_digest, book.engine)
-
     def keep(self, question: Question, attempt: int, reply: Mapping[str, Any]) -> None:
         """Keep what came back, usable or not."""
+        key = self._key_of(question, attempt)
         asked = {
             "prompt_set": question.prompt_set,
             "prompt_index": question.index,
             "prompt": question.prompt,
-            "seed": question.seed(self._image_id, attempt),
+            "seed": question.seed(self._image.image_id, attempt),
         }
-        key = self.key(question, attempt)
         self.journal.add({"key": key, **asked, **reply})
         self.book.unconfirmed.append((self.journal, key))
 
     def keep_vectors(self, vectors: Mapping[str, NDArray[np.float32] | None]) -> None:
         """Keep the embeddings of texts; None where the embedder refuses one."""
         packed = {t: None if v is None else pack_vector(v) for t, v in vectors.items()}
-        records = [{"key": self.vector_key(t), "vector": v} for t, v in packed.items()]
-        self.journal.add(*records)
+        self.journal.add(
+            *({"key": self._vector_key(t), "vector": v} for t, v in packed.items())
+        )
+
+    def _key_of(self, question: Question, attempt: int) -> str:
+        """The digest of all that was asked."""
+        book, seed = self.book, question.seed(self._image.image_id, attempt)
+        asked = self._image.view_id, question.prompt, seed, book.options
+        return _key(*asked, book.facts.vlm_digest)
+
+    def _vector_key(self, text: str) -> str:
+        """The digest of what was embedded, and by what."""
+        book = self.book
+        return _key(book.prefix + text, book.facts.embedder_digest, book.engine)
 
 
 def _key(*asked: object) -> str:
@@ -2006,7 +2031,7 @@ def _key(*asked: object) -> str:
 class Slots:
     """What the slots of all servers share."""
 
-    waiting: list["Interview"]
+    waiting: list["Interview"] = field(default_factory=list)
     """Of every image that is being asked."""
     unfinished: int = 0
     """Images that are taken and not done."""
@@ -2025,10 +2050,6 @@ class Slot:
     """Requests at once: to a single slot a second stands in the server's queue."""
     shared: Slots
     free: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def answer(self, png: bytes, prompt: str, seed: int) -> dict[str, Any]:
-        """Ask; see `VlmServer.answer`."""
-        return await self.server.answer(png, prompt, seed)
 
 
 class Turn:
@@ -2052,8 +2073,7 @@ def slots_of(cfg: config.Config, servers: Sequence["VlmServer"]) -> list[Slot]:
     With several slots a second request of an image would go to another slot, and have
     the image encoded again.
     """
-    lanes = cfg.in_flight if cfg.server_parallel == 1 else 1
-    shared = Slots([])
+    lanes, shared = cfg.in_flight if cfg.server_parallel == 1 else 1, Slots()
     return [Slot(s, lanes, shared) for s in servers for _ in range(cfg.server_parallel)]
 
 
@@ -2155,8 +2175,7 @@ async def ask(
         await Interview(picture, missing, answers, told).run(turn)
         if missing:
             await book.confirm(server)
-        chosen = [answer for q in asked if (answer := answers.chosen(q))]
-        texts = {a.text: None for a in chosen if answers.vector(a.text) is None}
+        texts = {t: None for t in answers.texts(asked) if answers.vector(t) is None}
         if not embed or not texts:
             return
         vectors = await server.embed([book.prefix + text for text in texts])
@@ -2205,7 +2224,7 @@ class Interview:
         """Ask one question on this slot; after a failure the others are dropped."""
         question = self.open.popleft()
         try:
-            await self._until_usable(question, slot)
+            await self._until_usable(question, slot.server)
         except RejectedError as error:
             self._failure = error
             self._unanswered -= len(self.open)
@@ -2214,17 +2233,18 @@ class Interview:
         if not self._unanswered:
             self._over.set()
 
-    async def _until_usable(self, question: Question, slot: Slot) -> None:
+    async def _until_usable(self, question: Question, server: "VlmServer") -> None:
         """Ask with one seed after another, and keep every answer."""
+        answers, picture = self._answers, self._picture
         for _ in range(TEXT_ATTEMPTS):
-            attempt = len(self._answers.attempts(question))
-            seed = question.seed(self._picture.image_id, attempt)
-            reply = await slot.answer(self._picture.png, question.prompt, seed)
-            self._answers.keep(question, attempt, reply)
-            answer = self._answers.attempts(question)[attempt]
-            slot.server.note(answer, self._picture.image_id)
+            attempt = len(answers.attempts(question))
+            seed = question.seed(picture.image_id, attempt)
+            reply = await server.answer(picture.png, question.prompt, seed)
+            answers.keep(question, attempt, reply)
+            answer = answers.attempts(question)[attempt]
+            server.note(answer, picture.image_id)
             self._told(answer)
-            if self._answers.chosen(question):
+            if answers.chosen(question):
                 return
         raise RejectedError(
             f"no usable answer to {question.prompt_set} prompt {question.index} "
@@ -2237,13 +2257,10 @@ def run_async(main: Coroutine[Any, Any, Result]) -> Result:
     try:
         return asyncio.run(main)
     except BaseExceptionGroup as group:
-        raise _first_leaf(group) from None
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 # One server: what it has, one call, and what can go wrong with it.
@@ -2256,15 +2273,14 @@ def server_url(cfg: config.Config) -> str:
     address. A user and password go to the server but never into a message.
     """
     host = cfg.host_url.strip().strip("\"'").rstrip("/")
+    if host.count(":") > 1 and "[" not in host and "/" not in host:
+        host = f"[{host}]"  # a bare IPv6 address
     try:
-        if host.count(":") > 1 and "[" not in host and "/" not in host:
-            host = f"[{host}]"  # a bare IPv6 address
         address = urlsplit(host if "://" in host else f"http://{host}")
         implied = {"http": 80, "https": 443}[address.scheme]
         port = address.port or (implied if "://" in host else 11434)
         name = address.hostname or "127.0.0.1"
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-        name = f"[{name}]" if ":" in name else name
         if len(host.split()) > 1:
             raise ValueError("white space")
     except (KeyError, ValueError):
@@ -2272,6 +2288,7 @@ def server_url(cfg: config.Config) -> str:
             f"{cfg.host_url!r} is not an address of a server: write --host (or "
             "OLLAMA_HOST) like http://127.0.0.1:11434"
         ) from None
+    name = f"[{name}]" if ":" in name else name
     return f"{address.scheme}://{name}:{port}{address.path}"
 
 
@@ -2309,6 +2326,10 @@ def _ollama() -> Any:
         os.environ.update(foreign)
 
 
+Vectors = list[NDArray[np.float32] | None]
+"""Embeddings, float32 (n_features,) each; None where there is none to use."""
+
+
 class VlmServer:
     """One Ollama server: one client, one semaphore, one place where calls are retried.
 
@@ -2319,19 +2340,16 @@ class VlmServer:
     Parameters
     ----------
     tell : callable
-        Takes a line about what takes a while or has changed: a download (``--pull``),
-        the loading of the models, the wait for a server that went away.
+        Takes a line about what takes a while or has changed.
     """
 
     def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
-        self._cfg, self._tell = cfg, tell
-        self.url = server_url(cfg)
+        self._cfg, self._tell, self.url = cfg, tell, server_url(cfg)
         self.version, self.embedding_s = "", 0.0
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery = asyncio.Lock()
-        self._given_up_in_a_row = 0
-        self._n_features, self._chunk = 0, EMBED_CHUNK
-        self._think: bool | None = None
+        self._given_up_in_a_row = self._n_features = 0
+        self._chunk, self._think = EMBED_CHUNK, cast(bool | None, None)
         self._noted: list[tuple[bool, str]] = []
         self._facts: ServerFacts | None = None
         self._client = self._connect()
@@ -2340,12 +2358,11 @@ class VlmServer:
         import httpx  # noqa: PLC0415
 
         login = urlsplit(self._cfg.host_url)
-        own = is_loopback(self.url)
         try:
             return _ollama().AsyncClient(
                 self.url,
                 timeout=httpx.Timeout(None, connect=CONNECT_S, write=60.0),
-                trust_env=not own,
+                trust_env=not is_loopback(self.url),
                 follow_redirects=False,
                 auth=(login.username, login.password or "") if login.username else None,
             )
@@ -2378,17 +2395,24 @@ class VlmServer:
             async with asyncio.timeout(CONNECT_S + 5):
                 self.version = await self._ask_version()
         except _failures() as error:
+            usual = "start it with `ollama serve` or name its address with --host"
             raise PipelineError(
                 f"no Ollama answers at {self.url} ({_short(error)}): "
-                f"{_remedy(error) or NO_SERVER}"
+                f"{_remedy(error) or usual}"
             ) from None
-        try:
-            for model in (self._cfg.vlm, self._cfg.embed_model):
-                if not _find(await self._digests(), model):
-                    await self._pull_or_explain(model)
-            await self._check_vision()
-        except _failures() as error:
-            raise self._failed_test(error) from None
+        for model in (self._cfg.vlm, self._cfg.embed_model):
+            if not _find(await self._call("list its models", self._digests), model):
+                await self._pull_or_explain(model)
+        vlm = self._cfg.vlm
+        shown = await self._call(f"show {vlm}", lambda: self._client.show(vlm))
+        families = (shown.details.families if shown.details else None) or ()
+        capabilities = shown.capabilities or ()
+        if "vision" not in capabilities and "clip" not in families:
+            raise PipelineError(
+                f"model {vlm} can't see images: choose a vision model with --vlm, for "
+                "example llava-phi3"
+            )
+        self._think = False if "thinking" in capabilities else None
 
     async def preflight(self) -> ServerFacts:
         """Load both models and see that they do their work.
@@ -2399,44 +2423,26 @@ class VlmServer:
             Naming what is missing, and the command that mends it.
         """
         await self.check_models()
-        self._tell(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
-        try:
-            self._facts = await self._tried_models()
-        except _failures() as error:
-            raise self._failed_test(error) from None
-        return self._facts
-
-    def _failed_test(self, error: Exception) -> PipelineError:
-        return PipelineError(
-            f"the server at {self.url} (Ollama {self.version}) failed its first test: "
-            f"{_short(error)}: {_remedy(error) or 'see its log'}"
-        )
-
-    async def _tried_models(self) -> ServerFacts:
-        digests = await self._digests()
+        vlm, embedder = self._cfg.vlm, self._cfg.embed_model
+        self._tell(f"loading {embedder} and {vlm} on the server")
+        digests = await self._call("list its models", self._digests)
         # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()
-        try:
-            await self._twice(self._load_vlm)
-        except (_ollama().ResponseError, TimeoutError) as error:
-            raise PipelineError(
-                f"model {self._cfg.vlm} can't be loaded ({_short(error)}): see the "
-                "server's log, free memory or choose a smaller --vlm"
-            ) from None
-        both, gpu_share = await self._residence()
-        if not both and self._cfg.keep_alive != "0":  # another model was in the way?
-            await self._embed_once([config.PROBE_SENTENCE])
-            both, gpu_share = await self._residence()
-            if not both:
-                await self._load_vlm()
-        return ServerFacts(
+        await self._call(f"load {vlm}", self._load_vlm, LOAD_S)
+        both, gpu_share = await self._call("list what is loaded", self._residence)
+        if not both and self._cfg.keep_alive != "0":  # was another model in the way?
+            await self._embed_some([config.PROBE_SENTENCE], LOAD_S)
+            await self._call(f"load {vlm}", self._load_vlm, LOAD_S)
+            both, gpu_share = await self._call("list what is loaded", self._residence)
+        self._facts = ServerFacts(
             version=self.version,
-            vlm_digest=_find(digests, self._cfg.vlm),
-            embedder_digest=_find(digests, self._cfg.embed_model),
+            vlm_digest=_find(digests, vlm),
+            embedder_digest=_find(digests, embedder),
             probe=probe,
             both_loaded=both or self._cfg.keep_alive == "0",
             gpu_share=gpu_share,
         )
+        return self._facts
 
     async def _residence(self) -> tuple[bool, float]:
         """Whether both models are loaded, and the VLM's share on the GPU."""
@@ -2454,7 +2460,7 @@ class VlmServer:
         Says so when the server is another version, or the VLM has left the GPU.
         """
         facts = self.facts
-        digests = await self._call(self._digests)
+        digests = await self._call("list its models", self._digests)
         for model, then in (
             (self._cfg.vlm, facts.vlm_digest),
             (self._cfg.embed_model, facts.embedder_digest),
@@ -2469,37 +2475,31 @@ class VlmServer:
                     f"model {model} was replaced on the server during the run; start "
                     "again: what the former model answered is kept apart"
                 )
-        version = await self._call(self._ask_version)
+        version = await self._call("say its version", self._ask_version)
         if version != self.version:
             self._tell(f"Ollama at {self.url} is {version} now, was {self.version}")
             self.version = version
-        await self._watch_gpu(facts)
-
-    async def _watch_gpu(self, facts: ServerFacts) -> None:
-        if not facts.gpu_share:
+        if not facts.gpu_share or self._cfg.keep_alive == "0":
             return
-        try:
+        with suppress(*_failures()):
             _, share = await self._residence()
-        except _failures():
-            return
-        if share < facts.gpu_share / 2 and self._cfg.keep_alive != "0":
-            self._tell(
-                f"warning: only {share:.0%} of {self._cfg.vlm} is on the GPU now, it "
-                f"was {facts.gpu_share:.0%}: answers will be slow; see the server's log"
-            )
-            self._facts = replace(facts, gpu_share=share)
+            if share < facts.gpu_share / 2:
+                self._tell(
+                    f"warning: {share:.0%} of {self._cfg.vlm} is on the GPU, it was "
+                    f"{facts.gpu_share:.0%}: answers are slow; see the server's log"
+                )
+                self._facts = replace(facts, gpu_share=share)
 
     async def _ask_version(self) -> str:
         """The server's version: also the cheapest proof that an Ollama answers."""
         reply = await self._client._client.get("/api/version")  # it has no call for it
         if reply.status_code != 200:
-            raise _ollama().ResponseError(
-                reply.headers.get("location", reply.reason_phrase), reply.status_code
-            )
-        try:
-            return str(reply.json()["version"])
-        except (KeyError, TypeError):
-            raise ValueError("the answer has no version") from None
+            where = reply.headers.get("location", reply.reason_phrase)
+            raise _ollama().ResponseError(where, reply.status_code)
+        found = reply.json()
+        if not isinstance(found, dict) or "version" not in found:
+            raise ValueError("the answer has no version")
+        return str(found["version"])
 
     async def _digests(self) -> dict[str, str]:
         models = (await self._client.list()).models
@@ -2511,8 +2511,8 @@ class VlmServer:
                 f"model {model} is not on the server at {self.url}: run "
                 f"`ollama pull {model}` or add --pull"
             )
+        told = ""
         try:
-            told = ""
             async for step in await self._client.pull(model, stream=True):
                 line = f"pull {model}: {step.status or ''}"
                 if step.total:
@@ -2520,98 +2520,47 @@ class VlmServer:
                 if line != told:  # the server reports every few milliseconds
                     self._tell(line)
                 told = line
-        except _ollama().ResponseError as error:
+        except _failures() as error:
             raise PipelineError(
                 f"model {model} can't be downloaded ({_short(error)}): check its name "
                 "and the server's internet connection"
             ) from None
 
-    async def _check_vision(self) -> None:
-        shown = await self._client.show(self._cfg.vlm)
-        families = (shown.details.families if shown.details else None) or ()
-        capabilities = shown.capabilities or ()
-        if "vision" not in capabilities and "clip" not in families:
-            raise PipelineError(
-                f"model {self._cfg.vlm} can't see images: choose a vision model with "
-                "--vlm, for example llava-phi3"
-            )
-        self._think = False if "thinking" in capabilities else None
-
     async def _load_vlm(self) -> None:
-        """Load the VLM with the options of every later call, so that none reloads it.
-
-        With an own, long time-out: a client that leaves early aborts the load.
-        """
-        async with asyncio.timeout(LOAD_S):
-            await self._client.chat(
-                self._cfg.vlm,
-                messages=[],
-                options=vlm_options(self._cfg),
-                keep_alive=self._keep_alive,
-            )
+        """Load the VLM with the options of every later call: none reloads it."""
+        await self._client.chat(
+            self._cfg.vlm,
+            messages=[],
+            options=vlm_options(self._cfg),
+            keep_alive=self._keep_alive,
+        )
 
     async def _probe_embedder(self) -> NDArray[np.float32]:
         """The probe's embedding; and whether a list gives what single texts give."""
         model, prefix = self._cfg.embed_model, embed_prefix(self._cfg)
         texts = [prefix + text for text in (config.PROBE_SENTENCE, *_PROBE_LIST)]
-        try:
-            async with asyncio.timeout(LOAD_S):
-                alone = [
-                    await self._twice(partial(self._embed_once, [t])) for t in texts
-                ]
-        except _ollama().ResponseError as error:
-            if "support embeddings" in str(error):
-                raise PipelineError(
-                    f"this server (Ollama 0.30 or later) can't embed with {model}: run "
-                    "`ollama pull nomic-embed-text` and use --embed-model "
-                    "nomic-embed-text"
-                ) from None
-            raise PipelineError(
-                f"model {model} can't embed ({_short(error)}): "
-                f"{_remedy(error) or 'choose another --embed-model'}"
-            ) from None
-        except TimeoutError:
-            raise PipelineError(
-                f"model {model} did not load in {LOAD_S:.0f} s: see the server's log"
-            ) from None
-        probe = alone[0][0]
-        if probe is None:
+        alone = [(await self._embed_some([text], LOAD_S))[0] for text in texts]
+        if (probe := alone[0]) is None:
             raise PipelineError(
                 f"model {model} gives embeddings that are not numbers: choose another "
-                "--embed-model"
+                "--embed-model, for example nomic-embed-text"
             )
+        self._n_features = probe.size
         try:
-            together = await self._twice(partial(self._embed_once, texts))
-        except _failures():
+            together = await self._embed_some(texts, LOAD_S)
+        except PipelineError:
             together = [None] * len(texts)
-        pairs = [(a, b) for (a,), b in zip(alone, together, strict=True)]
-        if any(
-            a is None or b is None or cosine(a, b) < SAME_EMBEDDING for a, b in pairs
-        ):
+        pairs = zip(alone, together, strict=True)
+        if not all(a is b or _alike(a, b) for a, b in pairs):
             self._tell(f"{model} embeds lists otherwise: one text a request")
             self._chunk = 1
-        self._n_features = probe.size
         return probe
-
-    async def _twice(self, request: Callable[[], Awaitable[Result]]) -> Result:
-        """Try once more what may only have failed by chance, but not a time-out."""
-        try:
-            return await request()
-        except TimeoutError:
-            raise
-        except _failures() as error:
-            if not _may_pass(error):
-                raise
-        await asyncio.sleep(FIRST_PAUSE_S)
-        return await request()
 
     @property
     def _keep_alive(self) -> float | str:
         """A number is sent as a number: as text Ollama wants a unit."""
-        try:
-            return float(self._cfg.keep_alive)
-        except ValueError:
-            return self._cfg.keep_alive
+        text = self._cfg.keep_alive
+        return text if text[-1].isalpha() else float(text)
 
     # -- the work --
 
@@ -2623,30 +2572,25 @@ class VlmServer:
         dict
             What the journal keeps of the reply: text, done, done_reason, counters
             (durations in ns), time (UTC) and server_version.
-
-        Raises
-        ------
-        RejectedError, PipelineError
-            The server refused this request, or the run can't go on.
         """
         # The client puts the image before the text, and only the text varies: the
         # server then finds the image in its prefix cache. The same bytes every time.
         reply = await self._call(
+            "describe an image",
             lambda: self._client.chat(
                 self._cfg.vlm,
                 messages=[{"role": "user", "content": prompt, "images": [png]}],
                 options={**vlm_options(self._cfg), "seed": seed},
                 keep_alive=self._keep_alive,
                 think=self._think,
-            )
+            ),
         )
-        counters: tuple[str, ...] = ("prompt_eval_count", "prompt_eval_duration")
-        counters += ("eval_count", "eval_duration", "total_duration")
+        counters = ("prompt_eval_count", "prompt_eval_duration", "eval_count")
         return {
             "text": reply.message.content or "",
             "done": bool(reply.done),
             "done_reason": reply.done_reason,
-            **{name: getattr(reply, name) for name in counters},
+            **{n: getattr(reply, n) for n in (*counters, "eval_duration")},
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "server_version": self.version,
         }
@@ -2654,13 +2598,10 @@ class VlmServer:
     def note(self, answer: Answer, image_id: str) -> None:
         """Stop a run whose answers can't be used: the server is ill, not the images."""
         self._noted.append((answer.usable, image_id))
-        first, last = self._noted[:BAD_ANSWERS], self._noted[-BAD_ANSWERS:]
-        bad_start = (
-            len(self._noted) == BAD_ANSWERS
-            and sum(not usable for usable, _ in first) > len(first) / 2
-        )
-        bad_row = len(last) == BAD_ANSWERS and not any(usable for usable, _ in last)
-        if bad_start or (bad_row and len({image for _, image in last}) > 1):
+        last = self._noted[-BAD_ANSWERS:]
+        bad = [image for usable, image in last if not usable]
+        start = len(self._noted) == BAD_ANSWERS and len(bad) > BAD_ANSWERS / 2
+        if start or (len(bad) == BAD_ANSWERS and len(set(bad)) > 1):
             raise PipelineError(
                 f"{self._cfg.vlm} on the server at {self.url} (Ollama {self.version}) "
                 f"gives answers that can't be used (the last one is {answer.problem}: "
@@ -2669,7 +2610,7 @@ class VlmServer:
                 "a larger --num-predict); then the same command asks these again"
             )
 
-    async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
+    async def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts in lists of EMBED_CHUNK; None for a text that can't be embedded.
 
         A list fails as a whole, so that a failing one is asked again text by text.
@@ -2682,31 +2623,30 @@ class VlmServer:
         vectors: list[NDArray[np.float32] | None] = []
         for start in range(0, len(texts), self._chunk):
             chunk = texts[start : start + self._chunk]
-            found = await self._embedded(chunk)
+            found = await self._embed_all_or_none(chunk)
             for text, vector in zip(chunk, found, strict=True):
                 again = vector is None and len(chunk) > 1
-                vectors += await self._embedded([text]) if again else [vector]
+                vectors += await self._embed_all_or_none([text]) if again else [vector]
         return vectors
 
-    async def _embedded(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
+    async def _embed_all_or_none(self, texts: Sequence[str]) -> Vectors:
         try:
-            return await self._call(partial(self._embed_once, texts))
+            return await self._embed_some(texts)
         except RejectedError:
             return [None] * len(texts)
 
-    async def _embed_once(
-        self, texts: Sequence[str]
-    ) -> list[NDArray[np.float32] | None]:
-        started = time.monotonic()
-        reply = await self._client.embed(
-            self._cfg.embed_model, texts, keep_alive=self._keep_alive
-        )
-        self.embedding_s += time.monotonic() - started
-        if len(reply.embeddings) != len(texts):
-            raise ValueError(
-                f"{len(reply.embeddings)} embeddings for {len(texts)} texts"
-            )
-        return [self._checked(vector) for vector in reply.embeddings]
+    async def _embed_some(self, texts: Sequence[str], seconds: float = 0) -> Vectors:
+        model = self._cfg.embed_model
+
+        async def request() -> Vectors:
+            started = time.monotonic()
+            reply = await self._client.embed(model, texts, keep_alive=self._keep_alive)
+            self.embedding_s += time.monotonic() - started
+            if (count := len(reply.embeddings)) != len(texts):
+                raise ValueError(f"{count} embeddings for {len(texts)} texts")
+            return [self._checked(vector) for vector in reply.embeddings]
+
+        return await self._call(f"embed with {model}", request, seconds)
 
     def _checked(self, values: Sequence[float]) -> NDArray[np.float32] | None:
         """The vector, or None where it is not one like the probe's."""
@@ -2716,41 +2656,57 @@ class VlmServer:
 
     # -- one call, and what can go wrong --
 
-    async def _call(self, request: Callable[[], Awaitable[Result]]) -> Result:
-        """One request under the semaphore, tried again while its failure may pass."""
+    async def _call(
+        self,
+        what: str,
+        request: Callable[[], Awaitable[Result]],
+        seconds: float = 0,
+    ) -> Result:
+        """One request under the semaphore, tried again while its failure may pass.
+
+        Where `seconds` are given (a model loads), running out of them is final: a
+        client that leaves aborts the load.
+
+        Raises
+        ------
+        RejectedError
+            It fails alone.
+        PipelineError
+            The run ends with it.
+        """
+
+        def may_pass(error: BaseException) -> bool:
+            too_long = bool(seconds) and isinstance(error, TimeoutError)
+            return _may_pass(error) and not too_long
+
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential(FIRST_PAUSE_S, max=30)
             + tenacity.wait_random(0, FIRST_PAUSE_S),
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(may_pass),
             before_sleep=self._if_away,
             reraise=True,
         )
 
         async def once() -> Result:
-            async with self._semaphore, asyncio.timeout(ANSWER_S):
+            async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
                 return await request()
 
         try:
             result: Result = await retrying(once)
         except _failures() as error:
-            raise self._given_up(error) from None
+            self._given_up_in_a_row += 1
+            said = f"the server at {self.url} can't {what} ({_short(error)})"
+            if remedy := _remedy(error):
+                raise PipelineError(f"{said}: {remedy}") from None
+            if self._given_up_in_a_row >= GIVE_UP_AFTER:
+                raise PipelineError(
+                    f"{said}, {GIVE_UP_AFTER} requests in a row: see its log, then run "
+                    "the same command again"
+                ) from None
+            raise RejectedError(f"{said}: see its log") from None
         self._given_up_in_a_row = 0
         return result
-
-    def _given_up(self, error: Exception) -> PipelineError:
-        """The error for this request: does it end alone, or the run with it?"""
-        self._given_up_in_a_row += 1
-        if remedy := _remedy(error):
-            return PipelineError(
-                f"the server at {self.url} says: {_short(error)}: {remedy}"
-            )
-        if self._given_up_in_a_row >= GIVE_UP_AFTER:
-            return PipelineError(
-                f"the server at {self.url} failed {GIVE_UP_AFTER} requests in a row "
-                f"(last: {_short(error)}): see its log, then run the same command again"
-            )
-        return RejectedError(f"the server failed: {_short(error)}")
 
     async def _if_away(self, state: Any) -> None:
         """Before the next try: wait for a server that does not answer at all."""
@@ -2763,27 +2719,28 @@ class VlmServer:
 
         What counts is the pauses: a workstation that slept has not waited.
         """
-        waited, told, pause = 0.0, "", min(2.0, FIRST_PAUSE_S * 4)
+        waited, pause = 0.0, min(2.0, FIRST_PAUSE_S * 4)
         while True:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     loaded = (await self._client.ps()).models
                 if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
-                    await self._load_vlm()
+                    async with asyncio.timeout(LOAD_S):
+                        await self._load_vlm()
                 return
             except _failures() as error:
+                why = f"({_short(error)})"
                 if not _may_pass(error):
-                    raise self._given_up(error) from None
-                if not told:
-                    told = f"the server at {self.url} is away ({_short(error)})"
-                    self._tell(f"{told}: waiting up to {self._cfg.wait:.0f} s")
-                if waited >= self._cfg.wait:
-                    raise PipelineError(
-                        f"the server at {self.url} has not answered for "
-                        f"{self._cfg.wait:.0f} s ({_short(error)}): start it with "
-                        "`ollama serve` and run the same command again; every answer "
-                        "so far is kept"
-                    ) from None
+                    raise
+            if not waited:
+                wait = f"waiting up to {self._cfg.wait:.0f} s"
+                self._tell(f"the server at {self.url} is away {why}: {wait}")
+            if waited >= self._cfg.wait:
+                raise PipelineError(
+                    f"the server at {self.url} has not answered for {waited:.0f} s "
+                    f"{why}: start it with `ollama serve` and run the same command "
+                    "again; every answer so far is kept"
+                )
             await asyncio.sleep(pause)
             waited += pause
 
@@ -2792,7 +2749,6 @@ _PROBE_LIST = (
     "A straight edge divides the image into a dark and a bright half.",
     "Circles of different contrast are arranged in a ring.",
 )
-NO_SERVER = "start it with `ollama serve` or name its address with --host"
 
 
 @cache
@@ -2811,12 +2767,11 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether a failed request is worth another try; a bug is not."""
-    if isinstance(error, _ollama().ResponseError):
-        if error.status_code == 400:
-            # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
-            return "EOF" in str(error)
-        return not _remedy(error) and error.status_code != 413
-    return isinstance(error, _failures()) and not _remedy(error)
+    if _remedy(error) or not isinstance(error, _failures()):
+        return False
+    status = getattr(error, "status_code", 0)
+    # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
+    return status != 413 and (status != 400 or "EOF" in str(error))
 
 
 _STATUS_REMEDIES = {
@@ -2824,17 +2779,20 @@ _STATUS_REMEDIES = {
     403: "something between refuses: add the server to NO_PROXY, or set OLLAMA_ORIGINS",
     407: "a proxy stands between: add the server to NO_PROXY",
     404: "run `ollama pull` for that model, or see that --host names an Ollama",
-    501: "choose another --embed-model",
+    501: "run `ollama pull nomic-embed-text`, use --embed-model nomic-embed-text",
     **dict.fromkeys((301, 302, 303, 307, 308), "name the new address with --host"),
 }
 
 
 def _remedy(error: BaseException) -> str:
     """What mends a failure for which no second try is worth while; else empty."""
-    text = f"{error} {error.__context__ or ''}"
-    if "CERTIFICATE_VERIFY_FAILED" in text:
+    if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__ or ''}":
         return "let SSL_CERT_FILE name the certificate of its authority"
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
+
+
+def _alike(one: NDArray[np.float32] | None, other: NDArray[np.float32] | None) -> bool:
+    return one is not None and other is not None and cosine(one, other) > SAME_EMBEDDING
 
 
 def _same_model(name: str, other: str) -> bool:
@@ -2843,10 +2801,7 @@ def _same_model(name: str, other: str) -> bool:
 
 def _find(digests: Mapping[str, str], model: str) -> str:
     """The digest of a model on the server, or "" where it is not."""
-    for name, digest in digests.items():
-        if _same_model(name, model):
-            return digest
-    return ""
+    return next((d for name, d in digests.items() if _same_model(name, model)), "")
 
 
 def _short(error: BaseException) -> str:
@@ -2855,14 +2810,11 @@ def _short(error: BaseException) -> str:
     if isinstance(error, TimeoutError) or type(error).__name__.endswith("Timeout"):
         text = "no answer in time"
     elif isinstance(error, ConnectionError):
-        text = "no connection"
-        if "CERTIFICATE" in str(error.__context__):
-            text = "its certificate is not trusted"
-    try:
+        untrusted = "CERTIFICATE" in str(error.__context__)
+        text = "its certificate is not trusted" if untrusted else "no connection"
+    with suppress(ValueError, KeyError, TypeError):
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)
-    except (ValueError, KeyError, TypeError):
-        pass
     if (status := getattr(error, "status_code", 0)) > 0:
         text = f"HTTP {status}: {re.sub('<[^>]*>', ' ', text)}"
     return " ".join(text.split())[:200]

@@ -1442,7 +1442,7 @@ def test_a_hang_is_ended_and_the_run_goes_on() -> None:
     assert "given up" in results["hang"].reason
     assert results["hang"].may_pass
     assert results["a"].name == "a"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_a_large_image_has_more_time(tmp_path: Path) -> None:

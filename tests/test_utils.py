@@ -276,6 +276,52 @@ def test_an_image_of_too_few_pixels_is_refused(
         prepare_image(path)
 
 
+def bordered(value: int, **attributes: object) -> tuple[NDArray[Any], dict[str, Any]]:
+    """An edge of 1000 and 1300 with a border of padding, and what its header says."""
+    rng = np.random.default_rng(0)
+    edge = half_plane(1000, 1300) + rng.normal(0, 10, (400, 400))
+    framed = np.full((500, 500), value, np.int32)
+    framed[50:-50, 50:-50] = np.rint(edge)
+    return framed.astype(np.uint16), {"PixelPaddingValue": value, **attributes}
+
+
+@pytest.mark.parametrize("value", [0, 65535, -32768])
+def test_padding_has_no_part_in_the_picture(tmp_path: Path, value: int) -> None:
+    pixels, attributes = bordered(value, PixelRepresentation=int(value < 0))
+    plain = prepare_image(saved(tmp_path, pixels[50:-50, 50:-50])).grey
+    path = saved(tmp_path, pixels, **attributes)
+    grey = prepare_image(path).grey.astype(int)
+    assert (grey[:30] == config.PADDING_GREY).all()
+    assert (grey[:, -30:] == config.PADDING_GREY).all()
+    for part, whole in ((slice(60, 150), 84), (slice(186, 276), 252)):
+        assert abs(np.median(grey[100:236, part]) - np.median(plain[:, whole])) <= 4
+
+
+def test_padding_may_be_a_range(tmp_path: Path) -> None:
+    pixels, _ = bordered(65535)
+    pixels[:50] = 65530
+    limits = {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": 65530}
+    grey = prepare_image(saved(tmp_path, pixels, **limits)).grey
+    assert (grey[:30] == config.PADDING_GREY).all()
+    assert (grey[-30:] == config.PADDING_GREY).all()
+    assert np.ptp(grey[100:236, 60:276].astype(int)) > 100
+
+
+@pytest.mark.parametrize("value", [None, 7, 60000])
+def test_a_padding_value_that_no_pixel_has_changes_nothing(
+    tmp_path: Path, value: int | None
+) -> None:
+    plain = prepare_image(saved(tmp_path, half_plane(1000, 1300)))
+    path = saved(tmp_path, half_plane(1000, 1300), PixelPaddingValue=value)
+    assert prepare_image(path).view_id == plain.view_id
+
+
+def test_nothing_but_padding_is_no_image(tmp_path: Path) -> None:
+    pixels = np.full((50, 50), 9, np.uint16)
+    with pytest.raises(RejectedError, match="every pixel is padding"):
+        prepare_image(saved(tmp_path, pixels, PixelPaddingValue=9))
+
+
 HEADER_NUMBERS = [
     ("PixelSpacing", b"0,143\\0,143"),
     ("PixelSpacing", b"0.1mm\\0.1mm"),
