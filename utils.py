@@ -3196,12 +3196,17 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     """
     frame = frame_of(pixels, len(pixels.values) // 2)
     step = max(1, max(frame.shape[:2]) // 480)
-    values = _display_values(frame[::step, ::step], dataset)
+    frame = frame[::step, ::step]
+    values, padding = _display_values(frame, dataset), _padding(frame, dataset)
     height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = Image.fromarray(values).resize(size, Image.Resampling.BOX)
-    return thumbnail(_window(np.asarray(small)))
+    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
+    small, *share = (
+        np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BOX))
+        for part in parts
+    )
+    return thumbnail(_window(small, share[0] if share else np.ones(0)))
 
 
 def page(path: Path, sheet: Sheet) -> None:
