@@ -3278,7 +3278,7 @@ h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
 #sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
 .warning, section:has(svg), main h2 { grid-column: 1 / -1 }
-.warning { background: var(--warn); padding: 0 14px 10px }
+.warning { background: var(--warn); padding: 0 14px 10px } section { overflow-x: auto }
 button, select, #find, #name { font: inherit; color: inherit; padding: 4px 9px;
   background: var(--card); border: 1px solid var(--line); border-radius: 6px }
 #classes button { border-left: 6px solid var(--c) } button, .mark { cursor: pointer }

@@ -145,6 +145,20 @@ def test_various_first_begins_with_images_of_different_looks() -> None:
     assert sorted(places) == list(range(30))
 
 
+def test_an_image_that_can_not_be_shown_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(utils, "preview", fails)
+    path = phantoms.write(phantoms.exposure("FDT", 1), tmp_path / "in.dcm")
+    outcome = fase1.convert(fase1.Task(path, tmp_path / "out.tmp", 100))
+    assert outcome.reason == ""
+    assert outcome.thumbnail == b""
+    assert outcome.name
+
+
 # --- --labels -----------------------------------------------------------------------
 
 
