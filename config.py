@@ -351,6 +351,12 @@ class Config:
     )
     dry_run: bool = _knob(False, "only show what --labels would do", 1)
 
+    no_sight_test: bool = _knob(
+        False, "don't test whether the server looks at the pictures", *VLM_PHASES
+    )
+    sight_test_only: bool = _knob(
+        False, "run that test alone and print every distance", *VLM_PHASES
+    )
     descriptions: int = _knob(50, "descriptions per labelled image", 2, least=1)
     generic_share: float = _knob(
         0.2,
@@ -455,7 +461,7 @@ def parse_config(
     argv : sequence of str, optional
         Arguments without the program name; the process's own by default.
     positional : (name, help), optional
-        Accept one or more paths under this name.
+        Accept paths under this name.
 
     Returns
     -------
@@ -475,7 +481,7 @@ def parse_config(
     parser.add_argument("--version", action="version", version=PROGRAM_VERSION)
     if positional:
         name, help_text = positional
-        parser.add_argument("paths", nargs="+", type=Path, metavar=name, help=help_text)
+        parser.add_argument("paths", nargs="*", type=Path, metavar=name, help=help_text)
     group = parser.add_argument_group("")
     for knob in fields(Config):
         if knob.name in GROUPS:
