@@ -1175,8 +1175,10 @@ class Labels:
         ours = file in self._state.outputs
         source = self._state.folder / file if ours else Path(file)
         target = self._folder / label / source.name
-        self._check(file, source, label, target)
+        self._check(file, source, label)
         image_id = "" if ours else self._new_image(source, label)
+        if target.exists() or target in self._targets:
+            raise RejectedError(f"{target} is there already")
         self._targets.add(target)
         self._classes.add(label)
         where = f"{clean(file)} to {label}"
@@ -1195,7 +1197,7 @@ class Labels:
             ) from None
         return f"{'moved' if ours else 'copied'} {where}"
 
-    def _check(self, file: str, source: Path, label: str, target: Path) -> None:
+    def _check(self, file: str, source: Path, label: str) -> None:
         others = [one for one in self._classes if not one.startswith(".")]
         problem = self._bad_name(label) or utils.class_name_problem([*others, label])
         if problem:
@@ -1204,8 +1206,6 @@ class Labels:
             raise RejectedError("is neither a file of phase 1's nor an absolute path")
         if not source.is_file():
             raise RejectedError("is not there")
-        if target.exists() or target in self._targets:
-            raise RejectedError(f"{target} is there already")
 
     @staticmethod
     def _bad_name(name: str) -> str:

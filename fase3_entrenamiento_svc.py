@@ -88,6 +88,8 @@ SEARCH: dict[str, tuple[Candidate, ...]] = {"none": (), "short": SHORT, "full": 
 """--search: the candidates beside the default."""
 KERNELS = {"linear": linear_kernel, "rbf": rbf_kernel}
 """BLAS computes them, in a thirtieth of the time of libsvm's own loops."""
+JUDGEMENTS = 300
+"""Folds are repeated, up to five times, until so many images have been judged."""
 CLASSES_LEFT_OUT = 5
 """Of many classes, left out in turn to see whether unknown images are refused."""
 
@@ -1479,7 +1481,7 @@ def run(cfg: Config) -> int:
     """Evaluate, check, fit and report; returns the exit code."""
     data = load_dataset(cfg.folder("dataset_dir"), cfg)
     n_folds = count_folds(data)
-    repeats = int(np.clip(300 // len(data.labels), 1, 5))
+    repeats = int(np.clip(JUDGEMENTS // len(data.labels), 1, 5))
     splits = make_splits(data, data.groups, n_folds, repeats)
     if not splits:
         raise PipelineError(
