@@ -58,6 +58,15 @@ JOURNAL_DIR = "descripciones"
 CLASSIFIER, SCALER = "clasificador_svc.joblib", "escalador.joblib"
 """Phase 3: scikit-learn objects that load with scikit-learn and numpy alone."""
 
+THUMBNAIL_DIR = "miniaturas"
+"""Phase 2: one JPEG per image, by its id, for the pages of phases 3 and 4."""
+
+SHEET, SHEET_THUMBNAILS = "vista_previa.html", ".miniaturas"
+"""Phase 1: the page to label from, and one JPEG per written file."""
+
+REPORT = "informe.html"
+"""Phase 3: all that the console says, with the training images."""
+
 CONFUSION_MATRIX, METRICS = "matriz_de_confusion.png", "metricas.json"
 """Phase 3: the figure, and the figures; METRICS is written last."""
 
@@ -278,7 +287,7 @@ class Config:
         Path("datos_etiquetados"), "folder with one subfolder per class", 1, 2
     )
     dataset_dir: Path = _knob(
-        Path("dataset_final_vlm"), "folder of the vectors and the journal", 2, 3, 4
+        Path("dataset_final_vlm"), "folder of the vectors and journal", *ALL_PHASES
     )
     model_dir: Path = _knob(Path("modelo_final_vlm"), "folder of the model", 3, 4)
 
@@ -337,6 +346,17 @@ class Config:
         most=1e6,
     )
 
+    labels: tuple[Path, ...] = _knob(
+        (), "move what these lists, saved from a page, name into class folders; end", 1
+    )
+    dry_run: bool = _knob(False, "only show what --labels would do", 1)
+
+    no_sight_test: bool = _knob(
+        False, "don't test whether the server looks at the pictures", *VLM_PHASES
+    )
+    sight_test_only: bool = _knob(
+        False, "run that test alone and print every distance", *VLM_PHASES
+    )
     descriptions: int = _knob(50, "descriptions per labelled image", 2, least=1)
     generic_share: float = _knob(
         0.2,
@@ -377,6 +397,9 @@ class Config:
     )
     json: bool = _knob(False, "print one JSON object per image", 4)
     csv: Path | None = _knob(None, "also write the results to this CSV file", 4)
+    html: Path | None = _knob(
+        None, "also write a page with the pictures to this HTML file", 4
+    )
     copy_to: Path | None = _knob(
         None, "copy every image into a folder of its class below this one", 4
     )
@@ -438,7 +461,7 @@ def parse_config(
     argv : sequence of str, optional
         Arguments without the program name; the process's own by default.
     positional : (name, help), optional
-        Accept one or more paths under this name.
+        Accept paths under this name.
 
     Returns
     -------
@@ -458,7 +481,7 @@ def parse_config(
     parser.add_argument("--version", action="version", version=PROGRAM_VERSION)
     if positional:
         name, help_text = positional
-        parser.add_argument("paths", nargs="+", type=Path, metavar=name, help=help_text)
+        parser.add_argument("paths", nargs="*", type=Path, metavar=name, help=help_text)
     group = parser.add_argument_group("")
     for knob in fields(Config):
         if knob.name in GROUPS:
@@ -477,11 +500,12 @@ def _add_flag(group: Any, knob: Field[Any]) -> None:
         group.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
         return
     default: Any = knob.default
-    shown = "" if default in (None, "") else f" (default: {default})"
+    shown = "" if default in (None, "", ()) else f" (default: {default})"
     choices = knob.metadata["choices"]
     group.add_argument(
         flag,
         dest=knob.name,
+        nargs="+" if default == () else None,
         type=_reader(knob),
         default=knob.default,
         choices=choices,
@@ -494,7 +518,7 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
     """Turns a flag's text into its value; argparse names the flag where it can't."""
     if knob.name == "keep_alive":
         return _duration
-    if knob.default is None or isinstance(knob.default, Path):
+    if knob.default in (None, ()) or isinstance(knob.default, Path):
         return Path
     kind: Any = type(knob.default)
     limits = knob.metadata["limits"]

@@ -5,6 +5,7 @@ Writes  f1_descomprimidos/
           *.dcm               one Explicit VR Little Endian file per image
           manifiesto.csv      one line per image, in chronological order
           rechazados.csv      what was left out, and why
+          vista_previa.html   the images, to look at, to mark and to give classes to
         datos_etiquetados/    an empty folder per class, if it is not there
 
 Files and folders whose name begins with a dot are passed over in silence: systems and
@@ -17,17 +18,22 @@ files that were moved to datos_etiquetados/ in the meantime.
 
     python fase1_descompresion.py
     python fase1_descompresion.py --base /data/qc --jobs 8
+    python fase1_descompresion.py --labels etiquetas.csv    moves what was marked
 """
 
+import csv
+import errno
 import faulthandler
 import filecmp
 import hashlib
+import io
 import itertools
 import logging
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -45,6 +51,7 @@ from typing import Any
 
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from PIL import Image
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -382,6 +389,7 @@ class Outcome:
     name: str = ""
     record: dict[str, str] = field(default_factory=dict)
     """For the lists: of a file that was left out, what it is."""
+    thumbnail: bytes = b""
 
 
 class _DiskError(Exception):
@@ -445,6 +453,7 @@ def _convert(task: Task, outcome: Outcome) -> None:
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
     outcome.record = record_of(dataset, pixels, uid, notes)
     outcome.name = output_name(outcome.record, outcome.identity)
+    outcome.thumbnail = utils.preview(pixels, dataset)
 
 
 def kind_of(dataset: Dataset, about: Mapping[str, str]) -> str:
@@ -794,6 +803,7 @@ class State:
             utils.remove_file(task.temporary)
         self.counts[kind] += 1
         self._settled.add(name)
+        self.thumbnail(name, outcome.thumbnail)
         key = self._key(task.source)
         if kind == "written" or name not in self.outputs:
             self._of_identity[outcome.identity] += name not in self.outputs
@@ -897,6 +907,72 @@ class State:
                 "notes": "; ".join(notes),
             }
 
+    # The page
+
+    def thumbnail(self, name: str, jpeg: bytes = b"") -> bytes:
+        """Keep the thumbnail of an output, or read it; made anew where it is gone."""
+        path = self.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
+        if jpeg or not path.exists():
+            if not jpeg:
+                dataset = utils.read_dicom(
+                    self._labelled_as(name) or self.folder / name
+                )
+                jpeg = utils.preview(utils.decode(dataset), dataset)
+            path.parent.mkdir(exist_ok=True)
+            fresh = self.folder / TEMPORARY.replace("*", "jpg")
+            fresh.write_bytes(jpeg)
+            utils.replace_file(fresh, path)
+        return path.read_bytes()
+
+    def _labelled_as(self, name: str) -> Path | None:
+        if (self.folder / name).exists():
+            return None
+        found = self._labelled.get(self.outputs[name]["identity"], [])
+        return min(found, key=lambda path: path.name != name, default=None)
+
+    def sheet(self) -> utils.Sheet:
+        """The images in the order of exposure, by day and detector."""
+        tiles, pictures = list[utils.Tile](), dict[str, bytes]()
+        for row in self._manifest():
+            one = {key: str(value) for key, value in row.items()}
+            name, stamp, there = one["output"], one["timestamp"], None
+            with suppress(RejectedError, OSError):
+                there = self._labelled_as(name)
+                pictures[name] = self.thumbnail(name)
+            day, time = "no date", ""
+            if stamp != NO_DATE:
+                day = f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}"
+                time = f"{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
+            units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
+            shown = [form.format(one[key]) for key, form in units.items() if one[key]]
+            tile = utils.Tile(
+                name=name,
+                picture=name,
+                file="" if there else name,
+                group=f"{day} · {one['detector'] or 'no detector named'}",
+                label=class_of(there, self.labelled_dir) if there else "",
+                lines=[
+                    " · ".join(filter(None, [time, *shown])),
+                    f"{one['rows']} × {one['columns']}{', labelled' if there else ''}",
+                    one["notes"],
+                ],
+            )
+            tiles.append(tile)
+        for start in range(0, len(tiles), utils.PAGE_TILES):
+            part = slice(start, start + utils.PAGE_TILES)
+            places = various([pictures.get(one.name) for one in tiles[part]])
+            both = zip(tiles[part], places, strict=True)
+            tiles[part] = [tile._replace(rank=place) for tile, place in both]
+        return utils.Sheet(
+            title=str(self.folder),
+            folder=str(self.folder.resolve()),
+            tiles=tiles,
+            pictures=pictures,
+            classes=config.CLASS_NAMES,
+            sections=[utils.Section("", [utils.HOW_TO_MARK])],
+            orders=("in order of exposure", "various first"),
+        )
+
     # The summary
 
     def warnings(self) -> Iterator[str]:
@@ -956,6 +1032,32 @@ def intents(records: Iterable[Mapping[str, str]]) -> Iterator[str]:
         )
 
 
+def class_of(path: Path, labelled_dir: Path) -> str:
+    """The class folder that a labelled file lies in, at any depth."""
+    return "".join(path.relative_to(labelled_dir).parts[:-1][:1])
+
+
+def various(thumbnails: Sequence[bytes | None]) -> list[int]:
+    """Places in an order in which the first images differ most, in looks and in time.
+
+    Each next one is the farthest from those before it, by 8 x 8 grey levels.
+    """
+    looks = np.zeros((len(thumbnails), 65))
+    for at, jpeg in enumerate(thumbnails):
+        if jpeg:
+            small = Image.open(io.BytesIO(jpeg)).resize((8, 8), Image.Resampling.BOX)
+            looks[at, :64] = np.asarray(small).ravel()
+    looks /= np.linalg.norm(looks.std(axis=0)) or 1
+    looks[:, 64] = np.linspace(0, 2, len(looks))
+    far, places, at = np.full(len(looks), np.inf), [0] * len(looks), 0
+    for place in range(len(looks)):
+        places[at] = place
+        far = np.minimum(far, np.linalg.norm(looks - looks[at], axis=1))
+        far[at] = -1
+        at = int(far.argmax())
+    return places
+
+
 def write_if_changed(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
 ) -> None:
@@ -1006,11 +1108,162 @@ def shown_path(path: str) -> str:
     return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
+# --- Labels from a saved page -------------------------------------------------------
+
+
+def place_labels(cfg: Config) -> int:
+    """Do what the saved lists say, and say what was done; returns the exit code.
+
+    A file of phase 1's is moved, one with an absolute path copied. What is not clear
+    stays where it is, and is listed.
+    """
+    folder = cfg.folder("decompressed_dir")
+    held = f"another phase 1 is at work in {folder}: wait for it to end"
+    if not folder.is_dir():
+        raise PipelineError(f"{folder} is missing: run phase 1 without --labels first")
+    rows = [row for path in cfg.labels for row in read_labels(path)]
+    lines = Counter(file for file, _ in rows)
+    done: Counter[str] = Counter()
+    with utils.lock(folder / LOCK, held):
+        labels = Labels(cfg)
+        for file, label in dict.fromkeys(rows):
+            try:
+                if lines[file] > 1:
+                    raise RejectedError(f"stands in {lines[file]} lines")
+                print(labels.place(file, label))
+                done[label] += 1
+            except RejectedError as error:
+                done[""] += 1
+                log.warning("left: %s, %s: %s", clean(file), clean(label), error)
+    placed = ", ".join(f"{name} {count}" for name, count in done.items() if name)
+    print(f"{'would be ' * cfg.dry_run}labelled: {placed or 'nothing'}")
+    if done[""]:
+        log.warning("%d lines were left, see above", done[""])
+    return utils.EXIT_SOME_FAILED if done[""] else utils.EXIT_DONE
+
+
+def read_labels(path: Path) -> list[tuple[str, str]]:
+    """File and class of every line of a list that a page saved."""
+    try:
+        rows = utils.read_csv(path)
+    except (OSError, ValueError, csv.Error) as error:
+        raise PipelineError(f"{path} can't be read: {error}") from None
+    if not all({"file", "class"} <= {*row} for row in rows):
+        raise PipelineError(
+            f"{path} is not a list that a page saved: its first line must be file,class"
+        )
+    # The page keeps a spreadsheet from taking a text for a formula.
+    texts = [
+        [re.sub("^'(?=[=+@'-])", "", row[k] or "") for k in ("file", "class")]
+        for row in rows
+    ]
+    return [(file, label) for file, label in texts]
+
+
+class Labels:
+    """Moves and copies into the class folders."""
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg, self._state = cfg, State(cfg)
+        self._folder = cfg.folder("labelled_dir")
+        there = self._folder.iterdir() if self._folder.is_dir() else ()
+        self._classes = {path.name for path in there if path.is_dir()}
+        self._targets: set[Path] = set()
+
+    def place(self, file: str, label: str) -> str:
+        """Move or copy one file; what was done, or RejectedError why nothing was."""
+        ours = file in self._state.outputs
+        source = self._state.folder / file if ours else Path(file)
+        target = self._folder / label / source.name
+        self._check(file, source, label)
+        image_id = "" if ours else self._new_image(source, label)
+        if target.exists() or target in self._targets:
+            raise RejectedError(f"{target} is there already")
+        self._targets.add(target)
+        self._classes.add(label)
+        where = f"{clean(file)} to {label}"
+        if self._cfg.dry_run:
+            return f"would {'move' if ours else 'copy'} {where}"
+        try:
+            if ours:
+                self._move(source, target)
+            else:
+                self._copy(source, target)
+                self._ids[image_id] = target
+                self._confirm(image_id, label)
+        except OSError as error:
+            raise RejectedError(
+                f"{target} can't be written: {error.strerror}"
+            ) from None
+        return f"{'moved' if ours else 'copied'} {where}"
+
+    def _check(self, file: str, source: Path, label: str) -> None:
+        others = [one for one in self._classes if not one.startswith(".")]
+        problem = self._bad_name(label) or utils.class_name_problem([*others, label])
+        if problem:
+            raise RejectedError(problem)
+        if file not in self._state.outputs and not source.is_absolute():
+            raise RejectedError("is neither a file of phase 1's nor an absolute path")
+        if not source.is_file():
+            raise RejectedError("is not there")
+
+    @staticmethod
+    def _bad_name(name: str) -> str:
+        bad = not name.strip() or re.search(r'^[.\s]|[\\/:*?"<>|]|[.\s]$', name)
+        return f"{name!r} can't be the name of a class folder" if bad else ""
+
+    @staticmethod
+    def _copy(source: Path, target: Path) -> None:
+        with utils.atomic_write(target) as copy, source.open("rb") as original:
+            shutil.copyfileobj(original, copy)
+
+    def _move(self, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy(source, target)  # to another disk
+            utils.remove_file(source)
+
+    @cached_property
+    def _ids(self) -> dict[str, Path]:
+        """The labelled images by what tells equal pixels."""
+        found = {}
+        for path in utils.find_files(self._folder):
+            with suppress(RejectedError):
+                found[utils.prepare_image(path).image_id] = path
+        return found
+
+    def _new_image(self, source: Path, label: str) -> str:
+        """Id of an image that phase 4 showed, if it is not labelled yet."""
+        image_id = utils.prepare_image(source).image_id
+        there = self._ids.get(image_id)
+        if there is None:
+            return image_id
+        if there.relative_to(self._folder).parts[0] == label and not self._cfg.dry_run:
+            self._confirm(image_id, label)
+        raise RejectedError(f"{there} holds the same pixels")
+
+    def _confirm(self, image_id: str, label: str) -> None:
+        """Keep for phase 2 that a person gave this class, whatever phase 4 said."""
+        journals = self._cfg.folder("dataset_dir") / config.JOURNAL_DIR
+        journals.mkdir(parents=True, exist_ok=True)
+        path = journals / f"{image_id}.jsonl"
+        journal = utils.Journal(path, lock_file=journals / ".lock")
+        journal.add({"key": "confirmed", "class": label})
+
+
 # --- The phase ----------------------------------------------------------------------
 
 
 def run(cfg: Config) -> int:
     """Decompress what is new below the input folder; returns the exit code."""
+    if cfg.labels:
+        return place_labels(cfg)
+    if cfg.dry_run:
+        raise PipelineError("--dry-run shows what --labels would do: name the lists")
     source_dir, folder = cfg.folder("input_dir"), cfg.folder("decompressed_dir")
     check_folders(source_dir, folder)
     make_folders(cfg)
@@ -1028,6 +1281,7 @@ def run(cfg: Config) -> int:
         if not state.counts:
             raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
         state.write_lists()
+        utils.page(folder / config.SHEET, state.sheet())
         report(state)
     return utils.EXIT_SOME_FAILED if state.counts["rejected"] else utils.EXIT_DONE
 
@@ -1114,7 +1368,8 @@ def report(state: State) -> None:
     shown = ", ".join(f"{count} {name or '?'}" for name, count in kinds.most_common())
     print(f"In order of exposure: {file_list} ({shown or 'none'})")
     print(
-        f"Next: move the files into {state.labelled_dir}/<CLASS>/ and run"
+        f"Next: open {state.folder / config.SHEET} in a browser and give classes, or"
+        f" move the files into {state.labelled_dir}/<CLASS>/, and run"
         " python fase2_generar_vectores_vlm.py"
     )
 

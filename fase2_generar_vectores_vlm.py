@@ -7,6 +7,7 @@ Writes  dataset_final_vlm/
           dataset_filas.csv     one line per row: image, prompt, seed, description
           dataset_imagenes.csv  one line per image: file, class, header, times
           dataset_pixeles.npy   float32 (n_images, 40), statistics of each picture
+          miniaturas/           a thumbnail of each image, for the pages
           descripciones/        the journal: every answer, on disk at once
           rechazados.csv        what is not in the dataset, and why
           manifiesto.json       with what all this was made; written last
@@ -130,20 +131,24 @@ def labelled_files(folder: Path) -> list[Path]:
 
 
 def identify(
-    paths: Sequence[Path], folder: Path, rejections: Rejections
+    paths: Sequence[Path], cfg: Config, rejections: Rejections
 ) -> list[LabelledImage]:
     """Decode and identify the labelled files, ordered by (class, image id).
+
+    Each gets its thumbnail, where there is none yet.
 
     Raises
     ------
     PipelineError
         No class with an image, or one image labelled as two classes.
     """
+    folder = cfg.folder("labelled_dir")
+    identified = partial(_identified, cfg.folder("dataset_dir") / config.THUMBNAIL_DIR)
     log.info("reading %d files in %s", len(paths), folder)
     unique: dict[str, LabelledImage] = {}
     conflicts = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for path, found in zip(paths, pool.map(_identified, paths), strict=True):
+        for path, found in zip(paths, pool.map(identified, paths), strict=True):
             parts = path.relative_to(folder).parts
             if len(parts) == 1:
                 rejections.add(path, "lies in no class folder")
@@ -169,13 +174,17 @@ def identify(
     return sorted(unique.values(), key=lambda image: (image.label, image.image_id))
 
 
-def _identified(path: Path) -> tuple[Any, ...] | str:
+def _identified(thumbnails: Path, path: Path) -> tuple[Any, ...] | str:
     """What LabelledImage holds, or why there is nothing; the pictures are not kept."""
     try:
         image = utils.prepare_image(path)
     except RejectedError as error:
         return str(error)
     statistics = utils.picture_statistics(image.grey)
+    thumbnail = thumbnails / f"{image.image_id}.jpg"
+    if not thumbnail.exists():
+        with utils.atomic_write(thumbnail) as file:
+            file.write(utils.thumbnail(image.grey))
     return image.image_id, image.view_id, image.header, statistics
 
 
@@ -187,6 +196,24 @@ def warn_of_counts(images: Sequence[LabelledImage]) -> None:
     for label, count in counts.items():
         if count == 1:
             log.warning("warning: class %s has 1 image: phase 3 needs two", label)
+
+
+def warn_of_own_answers(images: Sequence[LabelledImage], book: AnswerBook) -> None:
+    """A model must not learn from its own answers unnoticed.
+
+    Phase 4 records what it copies, phase 1 the labels of a saved sheet.
+    """
+    unseen = 0
+    for image in images:
+        journal = book.of(image).journal
+        given, seen = (
+            (journal.get(key) or {}).get("class") for key in ("copied", "confirmed")
+        )
+        unseen += given == image.label != seen
+    if unseen:
+        log.warning(
+            "warning: %d labels are the program's own answers, unseen by you", unseen
+        )
 
 
 def questions_for(label: str, cfg: Config) -> list[Question]:
@@ -287,6 +314,8 @@ class Describing:
         self._todo = [image for image in alternating(images) if image.image_id in left]
         self._open_images, self._to_ask = len(left), sum(left.values())
         self._slots = utils.slots_of(cfg, [server])
+        self._sight = utils.SightTest(self._slots, book)
+        self._tests_sight = not (cfg.no_sight_test or cfg.estimate)
         self.failures: dict[str, str] = {}
         total = sum(len(questions_for(image.label, cfg)) for image in images)
         done = total - self._to_ask
@@ -304,20 +333,32 @@ class Describing:
             with logging_redirect_tqdm():
                 if self._cfg.estimate:
                     self._todo = self._todo[: len(self._slots)]
-                elif not self._book.facts.both_loaded:
+                elif self._tests_sight and self._is_anything_open():
+                    await self._sight.run()
+                if not (self._cfg.estimate or self._book.facts.both_loaded):
                     await self._go_through(embed=False)
                 await self._go_through(embed=True)
+                if self._tests_sight and self._sight.is_open:
+                    await self._sight.run()
         finally:
             self._progress.close()
+        if self._sight.seconds:
+            log.info("sight tests: %.0f s", self._sight.seconds)
         if self._cfg.estimate:
             slots = len(self._slots)
             open_ = self._open_images, self._to_ask
             print(estimate(self._progress.stamps, self._server, *open_, slots))
 
+    def _is_anything_open(self) -> bool:
+        """Questions of this run, or answers of a killed one that no test confirmed."""
+        last = self._sight.last_pass()
+        return bool(self._todo or self._book.answers_since(last))
+
     async def _go_through(self, embed: bool) -> None:
         good = [image for image in self._todo if image.image_id not in self.failures]
         work = partial(self._work, embed)
-        await utils.image_by_image(good, as_labelled, work, self._slots)
+        between = self._sight.when_due if self._tests_sight else None
+        await utils.image_by_image(good, as_labelled, work, self._slots, between)
 
     async def _work(
         self, embed: bool, image: LabelledImage, seen: PreparedImage | str, turn: Turn
@@ -597,8 +638,9 @@ def run(cfg: Config) -> int:
     with utils.lock(folder / ".fase2.lock", held):
         journal.mkdir(exist_ok=True)
         if cfg.finished_only:
-            images = identify(paths, cfg.folder("labelled_dir"), rejections)
+            images = identify(paths, cfg, rejections)
             book = AnswerBook(journal, cfg, last_server(journal))
+            warn_of_own_answers(images, book)
         else:
             images, book, failures = utils.run_async(interview(paths, cfg, rejections))
         if cfg.estimate:
@@ -644,11 +686,12 @@ async def interview(
     folder = cfg.folder("dataset_dir")
     async with VlmServer(cfg, log.info) as server:
         await server.check_models()  # one that isn't there shows before files are read
-        images = identify(paths, cfg.folder("labelled_dir"), rejections)
+        images = identify(paths, cfg, rejections)
         warn_of_counts(images)
         facts = await server.preflight()
         book = AnswerBook(folder / config.JOURNAL_DIR, cfg, facts)
         announce(cfg, facts, images, book)
+        warn_of_own_answers(images, book)
         if not cfg.estimate:
             # The dataset will change: until it is whole again it has no manifest.
             (folder / config.MANIFEST).unlink(missing_ok=True)
@@ -657,12 +700,21 @@ async def interview(
         return images, book, describing.failures
 
 
+def show_sight(cfg: Config) -> int:
+    """Run the sight test alone and print every distance."""
+    print(
+        *utils.sight_lines(utils.run_async(utils.only_sight(cfg, log.info))), sep="\n"
+    )
+    return utils.EXIT_DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: flags, logging, one line for what a user can mend."""
     cfg, _ = config.parse_config(2, __doc__ or "", argv)
     utils.start_logging(log, cfg)
     kept = "every answer so far is kept; the same command goes on with it"
-    return utils.exit_code(lambda: run(cfg), log.error, kept)
+    phase = show_sight if cfg.sight_test_only else run
+    return utils.exit_code(lambda: phase(cfg), log.error, kept)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import signal
 import stat
@@ -36,12 +37,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import filelock
@@ -90,6 +92,10 @@ class RejectedError(PipelineError):
 
 class ModelChangedError(PipelineError):
     """A model was replaced on the server while a run was using it."""
+
+
+class BlindError(PipelineError):
+    """The server does not look at the pictures that it is sent."""
 
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -1100,9 +1106,13 @@ def decode_frame(dataset: Dataset) -> NDArray[Any]:
     RejectedError, Exception
         As `decode`.
     """
-    pixels = decode(dataset, middle_only=True)
+    return frame_of(decode(dataset, middle_only=True), 0)
+
+
+def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
+    """One frame as `decode_frame` gives it."""
     layout = pixels.layout
-    flat: NDArray[Any] = pixels.values.ravel()
+    flat: NDArray[Any] = pixels.values[index].ravel()
     if layout.photometric.endswith("_422"):
         data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
         flat = np.frombuffer(data, flat.dtype)
@@ -1512,7 +1522,7 @@ def _structure(content: NDArray[np.uint8]) -> NDArray[np.float64]:
     ring = np.searchsorted(edges, np.hypot(down, across), side="right") - 1
 
     def by_ring(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(ring.ravel(), values.ravel(), 11)[:10]
+        return np.bincount(ring.ravel(), values.ravel(), 11)[:10].astype(np.float64)
 
     angle = np.arctan2(down, across)
     total = by_ring(power) + 1e-9
@@ -1676,8 +1686,8 @@ EMBED_CHUNK = 32
 CONNECT_S, ANSWER_S, LOAD_S = 5.0, 600.0, 900.0
 """Seconds to reach the server, to wait for one answer, and for a model to load.
 
-On two processor cores a model of llava-phi3's size takes some 100 s to read a new image
-and prompt, and the request behind it waits for its turn.
+On two cores a model of llava-phi3's size takes some 100 s to read a new image and
+prompt, and the request behind it waits for its turn.
 """
 
 TRIES, FIRST_PAUSE_S = 5, 0.5
@@ -1686,11 +1696,11 @@ TRIES, FIRST_PAUSE_S = 5, 0.5
 GIVE_UP_AFTER = 8
 """Requests given up in a row, none answered between, that stop the run."""
 
-WORTH_AN_ENCODE = 6
-"""Open questions of an image for which an idle slot takes it in."""
-
 BAD_ANSWERS = 12
 """So many unusable answers in a row, or half of as many first ones, stop the run."""
+
+WORTH_AN_ENCODE = 6
+"""Open questions of an image for which an idle slot takes it in."""
 
 SAME_EMBEDDING = 0.9999
 """Cosine below which two embeddings of one text are not of the same engine."""
@@ -1735,10 +1745,9 @@ def questions(prompt_set: str, count: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the VLM said, and whether it can be used."""
+    """What the VLM said, up to the first control token, and whether it can be used."""
 
     text: str
-    """Up to the first control token."""
     problem: str
     """One of HARD_PROBLEMS, "cut", or "" when all is well."""
     record: Mapping[str, Any]
@@ -1758,30 +1767,28 @@ def judged(record: Mapping[str, Any]) -> Answer:
     """
     text = _CONTROL_TOKEN.split(str(record.get("text", "")), maxsplit=1)[0].strip()
     old = record.get("problem")
-    if not record.get("done", "text" in record and old != "broken"):
-        problem = "broken"
-    elif not text:
-        problem = "empty"
-    elif _loops(text):
-        problem = "looping"
-    elif _DECLINED.match(text.lower().replace("\u2019", "'")):
-        problem = "declined"
-    elif record.get("quarantined"):
-        problem = "unembeddable"
-    else:
-        cut = record.get("done_reason") == "length" or old == "cut"
-        problem = "cut" if cut else ""
-    return Answer(text, problem, record)
+    done = record.get("done", "text" in record and old != "broken")
+    cut = record.get("done_reason") == "length" or old == "cut"
+    problems = {
+        "broken": not done,
+        "empty": not text,
+        "looping": _loops(text),
+        "declined": _DECLINED.match(text.lower().replace("\u2019", "'")) is not None,
+        "unembeddable": bool(record.get("quarantined")),  # version 1.0
+        "cut": cut,
+    }
+    return Answer(
+        text, next((name for name, is_so in problems.items() if is_so), ""), record
+    )
 
 
 def _loops(text: str) -> bool:
     """Few characters, a tenth when compressed, or four words again and again."""
-    if len(text) >= 12 and len(set(text) - {" "}) < 6:
-        return True
+    few = len(text) >= 12 and len(set(text) - {" "}) < 6
     packed = zlib.compress(text.encode("utf-8", "replace"))
     words = text.lower().split()
     runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-    return len(packed) * 10 <= len(text) or (bool(runs) and max(runs.values()) > 5)
+    return few or len(packed) * 10 <= len(text) or max(runs.values(), default=0) > 5
 
 
 def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
@@ -1790,10 +1797,8 @@ def chosen_answer(answers: Sequence[Answer]) -> Answer | None:
     The first whole one; a cut one only where a second attempt was no better.
     """
     whole = [a for a in answers if not a.problem]
-    cut = [a for a in answers if a.problem == "cut"]
-    if whole:
-        return whole[0]
-    return cut[0] if cut and len(answers) > 1 else None
+    cut = [a for a in answers if a.problem == "cut" and len(answers) > 1]
+    return next(iter(whole + cut), None)
 
 
 @dataclass(frozen=True)
@@ -1827,20 +1832,13 @@ def conditions(cfg: config.Config, facts: ServerFacts | None) -> dict[str, Any]:
     }
     if facts is None:
         return chosen
-    return {
-        **chosen,
-        "vlm_digest": facts.vlm_digest,
-        "embedder_digest": facts.embedder_digest,
-    }
+    digests = {name: getattr(facts, name) for name in ("vlm_digest", "embedder_digest")}
+    return chosen | digests
 
 
 def vlm_options(cfg: config.Config) -> dict[str, Any]:
     """Sampling and runner options of every description, without its seed."""
-    return {
-        "temperature": cfg.temperature,
-        "num_predict": cfg.num_predict,
-        "num_ctx": cfg.num_ctx,
-    }
+    return {n: getattr(cfg, n) for n in ("temperature", "num_predict", "num_ctx")}
 
 
 def embed_prefix(cfg: config.Config) -> str:
@@ -1882,8 +1880,8 @@ class AnswerBook:
     """The folder of answers: one journal per image, and one of the servers seen.
 
     Answers are found by the digest of all that was asked, vectors by text, embedder and
-    engine, which is the first server whose probe sentence had today's embedding: what
-    was asked otherwise is not found, so nothing old is mixed in.
+    engine (the first server whose probe sentence had today's embedding): what was asked
+    otherwise is not found, so nothing old is mixed in.
 
     Parameters
     ----------
@@ -1899,42 +1897,74 @@ class AnswerBook:
         self.folder, self.facts = folder, facts
         self.prefix, self.options = embed_prefix(cfg), vlm_options(cfg)
         self.unconfirmed: list[tuple[Journal, str]] = []
+        self.kept = 0
+        """Answers of this run."""
         self.servers = self._open(self.SERVERS)
         self.notes: list[str] = []
         """What a person should know of the server against the last one."""
         self.engine = self._recognise()
 
-    def _open(self, name: str) -> "Journal":
+    def _open(self, name: str) -> Journal:
         if self.folder is None:
             return Journal(None)
         return Journal(self.folder / name, lock_file=self.folder / ".lock")
 
     def _recognise(self) -> str:
         """The engine whose probe has today's embedding; a new one is recorded."""
-        facts, packed = self.facts, pack_vector(self.facts.probe)
-        last = self.servers.get("last") or {}
+        facts, last = self.facts, self.servers.get("last") or {}
         mine = {"embedder_digest": facts.embedder_digest, "prefix": self.prefix}
-        kin = [
-            (key, cosine(unpack_vector(one["probe"]), facts.probe))
+        kin = {
+            key: cosine(unpack_vector(one["probe"]), facts.probe)
             for key, one in self.servers.items()
-            if key != "last" and mine.items() <= one.items()
-        ]
-        engine = next((key for key, near in kin if near >= SAME_EMBEDDING), "")
+            if key not in ("last", "sight") and mine.items() <= one.items()
+        }
+        now = {**mine, "probe": pack_vector(facts.probe), "version": facts.version}
+        engine = next((k for k, near in kin.items() if near >= SAME_EMBEDDING), "")
         if kin and not engine:
             self.notes.append(
                 "the embedder gives other numbers than before (cosine of the probe "
-                f"sentence {kin[-1][1]:.4f}): texts are embedded anew"
+                f"sentence {max(kin.values()):.4f}): texts are embedded anew"
             )
         if last.get("version") not in (None, facts.version):
             self.notes.append(f"Ollama is {facts.version}, was {last['version']}")
-        now = {**mine, "probe": packed, "version": facts.version}
         if not engine:
-            engine = _key(mine, packed)
+            engine = _key(now)
             self.servers.add({"key": engine, **now})
-        seen = {**now, "vlm_digest": facts.vlm_digest, "engine": engine}
-        if last != seen:
-            self.servers.add({"key": "last", **seen})
+        now |= {"vlm_digest": facts.vlm_digest, "engine": engine}
+        if last != now:
+            self.servers.add({"key": "last", **now})
         return engine
+
+    def answers_since(self, moment: str) -> list[tuple[Journal, str]]:
+        """Answers of whatever run later than a moment, UTC in ISO 8601."""
+        if self.folder is None:
+            return list(self.unconfirmed)
+        found = []
+        start = datetime.fromisoformat(moment).timestamp() if moment else 0.0
+        for path in self.folder.glob("?*.jsonl"):
+            if path.name != self.SERVERS and path.stat().st_mtime >= start - 2:
+                journal = self._open(path.name)
+                found += [
+                    (journal, key)
+                    for key, one in journal.items()
+                    if "prompt" in one and str(one.get("time") or "") > moment
+                ]
+        return found
+
+    def set_aside(self, moment: str) -> int:
+        """Forget the answers later than a moment, so that they are asked anew."""
+        found = self.answers_since(moment)
+        for journal, key in found:
+            journal.add({"taken_back": [key]})
+        return len(found)
+
+    def touch(self) -> None:
+        """Raise OSError where nothing can be written."""
+        self.servers.add()
+
+    def of(self, image: Identified) -> "ImageAnswers":
+        """What is known about one image."""
+        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
 
     async def confirm(self, server: "VlmServer") -> None:
         """The models are still the same, so that the answers so far hold.
@@ -1953,28 +1983,20 @@ class AnswerBook:
             raise
         del self.unconfirmed[:checked]
 
-    def touch(self) -> None:
-        """Raise OSError where nothing can be written."""
-        self.servers.add()
-
-    def of(self, image: "Identified") -> "ImageAnswers":
-        """What is known about one image."""
-        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
-
 
 class ImageAnswers:
     """All answers about one image and their vectors, under the book's conditions."""
 
     def __init__(self, book: AnswerBook, journal: Journal, image: Identified) -> None:
-        self.book, self.journal = book, journal
-        self._image_id, self._view_id = image.image_id, image.view_id
+        self.book, self.journal, self._image = book, journal, image
 
     def attempts(self, question: Question) -> list[Answer]:
         """The answers to a question so far, in the order of their attempts."""
         found: list[Answer] = []
-        while record := self.journal.get(self.key(question, len(found))):
+        while record := self.journal.get(self._key_of(question, len(found))):
             answer = judged(record)
-            if answer.usable and self._refused(answer.text):
+            vector = self.journal.get(self._vector_key(answer.text))
+            if answer.usable and vector and not vector.get("vector"):
                 answer = replace(answer, problem="unembeddable")
             found.append(answer)
         return found
@@ -1985,7 +2007,7 @@ class ImageAnswers:
 
     def vector(self, text: str) -> NDArray[np.float32] | None:
         """The embedding of a text, float32 (n_features,), if there is one yet."""
-        packed = (self.journal.get(self.vector_key(text)) or {}).get("vector")
+        packed = (self.journal.get(self._vector_key(text)) or {}).get("vector")
         return unpack_vector(packed) if packed else None
 
     def texts(self, asked: Sequence[Question]) -> list[str]:
@@ -1997,40 +2019,36 @@ class ImageAnswers:
         vectors = [self.vector(text) for text in self.texts(asked)]
         return np.stack([vector for vector in vectors if vector is not None])
 
-    def _refused(self, text: str) -> bool:
-        record = self.journal.get(self.vector_key(text))
-        return record is not None and not record.get("vector")
-
-    def key(self, question: Question, attempt: int) -> str:
-        """The digest of all that was asked."""
-        seed = question.seed(self._image_id, attempt)
-        book = self.book
-        return _key(
-            self._view_id, question.prompt, seed, book.options, book.facts.vlm_digest
-        )
-
-    def vector_key(self, text: str) -> str:
-        """The digest of what was embedded, and by what."""
-        book = self.book
-        return _key(book.prefix + text, book.facts.embedder_digest, book.engine)
-
     def keep(self, question: Question, attempt: int, reply: Mapping[str, Any]) -> None:
         """Keep what came back, usable or not."""
+        key = self._key_of(question, attempt)
         asked = {
             "prompt_set": question.prompt_set,
             "prompt_index": question.index,
             "prompt": question.prompt,
-            "seed": question.seed(self._image_id, attempt),
+            "seed": question.seed(self._image.image_id, attempt),
         }
-        key = self.key(question, attempt)
         self.journal.add({"key": key, **asked, **reply})
         self.book.unconfirmed.append((self.journal, key))
+        self.book.kept += 1
 
     def keep_vectors(self, vectors: Mapping[str, NDArray[np.float32] | None]) -> None:
         """Keep the embeddings of texts; None where the embedder refuses one."""
         packed = {t: None if v is None else pack_vector(v) for t, v in vectors.items()}
-        records = [{"key": self.vector_key(t), "vector": v} for t, v in packed.items()]
-        self.journal.add(*records)
+        self.journal.add(
+            *({"key": self._vector_key(t), "vector": v} for t, v in packed.items())
+        )
+
+    def _key_of(self, question: Question, attempt: int) -> str:
+        """The digest of all that was asked."""
+        book, seed = self.book, question.seed(self._image.image_id, attempt)
+        asked = self._image.view_id, question.prompt, seed, book.options
+        return _key(*asked, book.facts.vlm_digest)
+
+    def _vector_key(self, text: str) -> str:
+        """The digest of what was embedded, and by what."""
+        book = self.book
+        return _key(book.prefix + text, book.facts.embedder_digest, book.engine)
 
 
 def _key(*asked: object) -> str:
@@ -2044,7 +2062,7 @@ def _key(*asked: object) -> str:
 class Slots:
     """What the slots of all servers share."""
 
-    waiting: list["Interview"]
+    waiting: list["Interview"] = field(default_factory=list)
     """Of every image that is being asked."""
     unfinished: int = 0
     """Images that are taken and not done."""
@@ -2063,10 +2081,6 @@ class Slot:
     """Requests at once: to a single slot a second stands in the server's queue."""
     shared: Slots
     free: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def answer(self, png: bytes, prompt: str, seed: int) -> dict[str, Any]:
-        """Ask; see `VlmServer.answer`."""
-        return await self.server.answer(png, prompt, seed)
 
 
 class Turn:
@@ -2090,8 +2104,7 @@ def slots_of(cfg: config.Config, servers: Sequence["VlmServer"]) -> list[Slot]:
     With several slots a second request of an image would go to another slot, and have
     the image encoded again.
     """
-    lanes = cfg.in_flight if cfg.server_parallel == 1 else 1
-    shared = Slots([])
+    lanes, shared = cfg.in_flight if cfg.server_parallel == 1 else 1, Slots()
     return [Slot(s, lanes, shared) for s in servers for _ in range(cfg.server_parallel)]
 
 
@@ -2100,6 +2113,7 @@ async def image_by_image(
     prepare: Callable[[Item], Prepared],
     work: Callable[[Item, Prepared, Turn], Awaitable[None]],
     slots: Sequence[Slot],
+    between: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Each slot takes one image at a time; the next is prepared meanwhile.
 
@@ -2113,11 +2127,13 @@ async def image_by_image(
         Taken one ahead of the slots: memory holds what is in flight.
     prepare : callable
         Runs in a thread; what it returns goes to `work`.
+    between : async callable, optional
+        Called before each image begins; it may take the slots for itself.
     """
     source = iter(items)
     async with asyncio.TaskGroup() as group:
         for slot in slots:
-            group.create_task(_serve(slot, source, prepare, work))
+            group.create_task(_serve(slot, source, prepare, work, between))
 
 
 async def _serve(
@@ -2125,6 +2141,7 @@ async def _serve(
     source: Iterator[Item],
     prepare: Callable[[Item], Prepared],
     work: Callable[[Item, Prepared, Turn], Awaitable[None]],
+    between: Callable[[], Awaitable[None]] | None,
 ) -> None:
     shared, room = slot.shared, asyncio.Semaphore(3)
 
@@ -2142,10 +2159,11 @@ async def _serve(
             shared.unfinished += 1
             prepared = await asyncio.to_thread(prepare, item)
             await room.acquire()
+            if between:
+                await between()
             await slot.free.acquire()
             group.create_task(do(item, prepared))
-        async with slot.free:
-            await _help_out(slot)
+        await _help_out(slot)
 
 
 async def _help_out(slot: Slot) -> None:
@@ -2156,8 +2174,9 @@ async def _help_out(slot: Slot) -> None:
         if longest is None or len(longest.open) < WORTH_AN_ENCODE:
             await asyncio.sleep(0.02)
             continue
-        while len(longest.open) > 1:
-            await longest.ask_next(slot)
+        async with slot.free:
+            while len(longest.open) > 1:
+                await longest.ask_next(slot)
 
 
 async def ask(
@@ -2193,8 +2212,7 @@ async def ask(
         await Interview(picture, missing, answers, told).run(turn)
         if missing:
             await book.confirm(server)
-        chosen = [answer for q in asked if (answer := answers.chosen(q))]
-        texts = {a.text: None for a in chosen if answers.vector(a.text) is None}
+        texts = {t: None for t in answers.texts(asked) if answers.vector(t) is None}
         if not embed or not texts:
             return
         vectors = await server.embed([book.prefix + text for text in texts])
@@ -2243,7 +2261,7 @@ class Interview:
         """Ask one question on this slot; after a failure the others are dropped."""
         question = self.open.popleft()
         try:
-            await self._until_usable(question, slot)
+            await self._until_usable(question, slot.server)
         except RejectedError as error:
             self._failure = error
             self._unanswered -= len(self.open)
@@ -2252,17 +2270,18 @@ class Interview:
         if not self._unanswered:
             self._over.set()
 
-    async def _until_usable(self, question: Question, slot: Slot) -> None:
+    async def _until_usable(self, question: Question, server: "VlmServer") -> None:
         """Ask with one seed after another, and keep every answer."""
+        answers, picture = self._answers, self._picture
         for _ in range(TEXT_ATTEMPTS):
-            attempt = len(self._answers.attempts(question))
-            seed = question.seed(self._picture.image_id, attempt)
-            reply = await slot.answer(self._picture.png, question.prompt, seed)
-            self._answers.keep(question, attempt, reply)
-            answer = self._answers.attempts(question)[attempt]
-            slot.server.note(answer, self._picture.image_id)
+            attempt = len(answers.attempts(question))
+            seed = question.seed(picture.image_id, attempt)
+            reply = await server.answer(picture.png, question.prompt, seed)
+            answers.keep(question, attempt, reply)
+            answer = answers.attempts(question)[attempt]
+            server.note(answer, picture.image_id)
             self._told(answer)
-            if self._answers.chosen(question):
+            if answers.chosen(question):
                 return
         raise RejectedError(
             f"no usable answer to {question.prompt_set} prompt {question.index} "
@@ -2270,18 +2289,158 @@ class Interview:
         )
 
 
+# Does every slot look at the picture that it is sent?
+
+SIGHT_QUESTIONS, SIGHT_EVERY = 3, 1000
+"""Questions asked of each of two pictures; answers between two tests."""
+
+
+def sight_pictures() -> tuple[bytes, bytes]:
+    """A bright disc on dark and dark bars on bright, PNG of the size of a picture."""
+    side = config.IMAGE_SIDE_PX
+    down, across = np.indices((side, side)) - side // 2
+    disc = np.where(np.hypot(down, across) < side / 4, 230, 25)
+    bars = np.where(across // 24 % 2, 30, 225)
+    pngs = []
+    for picture in (disc, bars):
+        file = io.BytesIO()
+        Image.fromarray(picture.astype(np.uint8)).save(file, "PNG")
+        pngs.append(file.getvalue())
+    return pngs[0], pngs[1]
+
+
+class SightTest:
+    """Shows that no slot is blind, answers of the former picture or mixes pictures.
+
+    Every slot at once is asked the same questions about two pictures, alternately. It
+    sees when all its answers but at most one are nearer to the mean of the others about
+    the same picture than to the mean of those about the other one. The questions must
+    be the same: a blind answer then lies nearest to the other picture's answer to its
+    own question.
+    """
+
+    def __init__(self, slots: Sequence[Slot], book: AnswerBook) -> None:
+        self._slots, self._book, self._one_at_a_time = slots, book, asyncio.Lock()
+        self._counted, self.seconds = 0, 0.0
+        servers = {slot.server.url: slot.server for slot in slots}
+        facts = [one.facts for one in servers.values()]
+        self._seen = {
+            "servers": [f"{url} {one.version}" for url, one in servers.items()],
+            "digests": sorted({f.vlm_digest + f.embedder_digest for f in facts}),
+            "slots": len(slots),
+        }
+
+    def last_pass(self) -> str:
+        """When the journal folder last saw a pass, UTC; "" for never."""
+        return str((self._book.servers.get("sight") or {}).get("time") or "")
+
+    def is_recent(self, answers: int, minutes: float) -> bool:
+        """Whether these very slots passed so short a time, and so few answers, ago."""
+        last = self._book.servers.get("sight") or {}
+        if not self._seen.items() <= last.items():
+            return False
+        age = datetime.now(UTC) - datetime.fromisoformat(last["time"])
+        since = len(self._book.answers_since(last["time"]))
+        return age < timedelta(minutes=minutes) and since < answers
+
+    async def when_due(self) -> None:
+        """Test again after SIGHT_EVERY answers, a reconnect or a change of version."""
+        async with self._one_at_a_time:
+            changed = any(slot.server.changed for slot in self._slots)
+            if changed or self._book.kept - self._counted >= SIGHT_EVERY:
+                await self.run()
+
+    async def run(self) -> list[list[tuple[float, float]]]:
+        """Test all slots; if one fails the answers since the last pass are set aside.
+
+        Returns
+        -------
+        list of list of (float, float)
+            Of each slot's answers: distance to their own picture's, to the other's.
+
+        Raises
+        ------
+        PipelineError
+            A slot does not see.
+        """
+        started, self._counted = time.monotonic(), self._book.kept
+        async with AsyncExitStack() as held:
+            for slot in self._slots:
+                slot.server.changed = False
+                await held.enter_async_context(slot.free)
+            found = await asyncio.gather(*(self._look(slot) for slot in self._slots))
+        self.seconds += time.monotonic() - started
+        for number, (slot, pairs) in enumerate(zip(self._slots, found, strict=True), 1):
+            wrong = sum(own >= other for own, other in pairs)
+            if wrong > 1:
+                aside = self._book.set_aside(self.last_pass())
+                raise BlindError(
+                    f"slot {number} of the server at {slot.server.url} (Ollama "
+                    f"{slot.server.version}) does not see the pictures it is sent "
+                    f"({wrong} of {len(pairs)} answers fit the other picture); {aside} "
+                    "answers since the last passed test are set aside: restart the "
+                    "server or try another version of Ollama, then run the same "
+                    "command again"
+                )
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._book.servers.add({"key": "sight", "time": now, **self._seen})
+        return found
+
+    async def _look(self, slot: Slot) -> list[tuple[float, float]]:
+        texts: tuple[list[str], list[str]] = ([], [])
+        for question in questions("generic", SIGHT_QUESTIONS):
+            for png, answers in zip(sight_pictures(), texts, strict=True):
+                seed = random.getrandbits(31)
+                reply = await slot.server.answer(png, question.prompt, seed)
+                answers.append(self._book.prefix + (judged(reply).text or "nothing"))
+        rows = await slot.server.embed([*texts[0], *texts[1]])
+        unseen = np.zeros_like(self._book.facts.probe)
+        vectors = np.array([unseen if row is None else row for row in rows])
+        sides = vectors[:SIGHT_QUESTIONS], vectors[SIGHT_QUESTIONS:]
+
+        def far(row: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+            return 1 - cosine(row, others.mean(axis=0))
+
+        return [
+            (far(row, np.delete(own, index, axis=0)), far(row, other))
+            for own, other in (sides, sides[::-1])
+            for index, row in enumerate(own)
+        ]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether answers came since the last test of this run."""
+        return self._book.kept > self._counted
+
+
+async def only_sight(
+    cfg: config.Config, tell: Callable[[str], object]
+) -> list[list[tuple[float, float]]]:
+    """One sight test of the server as it is, kept nowhere; see `SightTest.run`."""
+    async with VlmServer(cfg, tell) as server:
+        book = AnswerBook(None, cfg, await server.preflight())
+        return await SightTest(slots_of(cfg, [server]), book).run()
+
+
+def sight_lines(found: Sequence[Sequence[tuple[float, float]]]) -> Iterator[str]:
+    """Every distance of a test that was passed, for --sight-test-only."""
+    yield "distance of each answer to those about its own picture / about the other"
+    for number, pairs in enumerate(found, 1):
+        shown = [f"{own:.3f} / {other:.3f}" for own, other in pairs]
+        yield f"  slot {number}, disc: {', '.join(shown[:SIGHT_QUESTIONS])}"
+        yield f"  slot {number}, bars: {', '.join(shown[SIGHT_QUESTIONS:])}"
+    yield "passed: every slot sees the pictures that it is sent"
+
+
 def run_async(main: Coroutine[Any, Any, Result]) -> Result:
     """Run to the end; of several errors at once the first that stops the run shows."""
     try:
         return asyncio.run(main)
     except BaseExceptionGroup as group:
-        raise _first_leaf(group) from None
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 # One server: what it has, one call, and what can go wrong with it.
@@ -2294,15 +2453,14 @@ def server_url(cfg: config.Config) -> str:
     address. A user and password go to the server but never into a message.
     """
     host = cfg.host_url.strip().strip("\"'").rstrip("/")
+    if host.count(":") > 1 and "[" not in host and "/" not in host:
+        host = f"[{host}]"  # a bare IPv6 address
     try:
-        if host.count(":") > 1 and "[" not in host and "/" not in host:
-            host = f"[{host}]"  # a bare IPv6 address
         address = urlsplit(host if "://" in host else f"http://{host}")
         implied = {"http": 80, "https": 443}[address.scheme]
         port = address.port or (implied if "://" in host else 11434)
         name = address.hostname or "127.0.0.1"
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-        name = f"[{name}]" if ":" in name else name
         if len(host.split()) > 1:
             raise ValueError("white space")
     except (KeyError, ValueError):
@@ -2310,6 +2468,7 @@ def server_url(cfg: config.Config) -> str:
             f"{cfg.host_url!r} is not an address of a server: write --host (or "
             "OLLAMA_HOST) like http://127.0.0.1:11434"
         ) from None
+    name = f"[{name}]" if ":" in name else name
     return f"{address.scheme}://{name}:{port}{address.path}"
 
 
@@ -2347,6 +2506,10 @@ def _ollama() -> Any:
         os.environ.update(foreign)
 
 
+Vectors = list[NDArray[np.float32] | None]
+"""Embeddings, float32 (n_features,) each; None where there is none to use."""
+
+
 class VlmServer:
     """One Ollama server: one client, one semaphore, one place where calls are retried.
 
@@ -2357,19 +2520,18 @@ class VlmServer:
     Parameters
     ----------
     tell : callable
-        Takes a line about what takes a while or has changed: a download (``--pull``),
-        the loading of the models, the wait for a server that went away.
+        Takes a line about what takes a while or has changed.
     """
 
     def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
-        self._cfg, self._tell = cfg, tell
-        self.url = server_url(cfg)
+        self._cfg, self._tell, self.url = cfg, tell, server_url(cfg)
         self.version, self.embedding_s = "", 0.0
+        self.changed = False
+        """It was away, or is another version, since this was last set to False."""
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery = asyncio.Lock()
-        self._given_up_in_a_row = 0
-        self._n_features, self._chunk = 0, EMBED_CHUNK
-        self._think: bool | None = None
+        self._given_up_in_a_row = self._n_features = 0
+        self._chunk, self._think = EMBED_CHUNK, cast(bool | None, None)
         self._noted: list[tuple[bool, str]] = []
         self._facts: ServerFacts | None = None
         self._client = self._connect()
@@ -2378,12 +2540,11 @@ class VlmServer:
         import httpx  # noqa: PLC0415
 
         login = urlsplit(self._cfg.host_url)
-        own = is_loopback(self.url)
         try:
             return _ollama().AsyncClient(
                 self.url,
                 timeout=httpx.Timeout(None, connect=CONNECT_S, write=60.0),
-                trust_env=not own,
+                trust_env=not is_loopback(self.url),
                 follow_redirects=False,
                 auth=(login.username, login.password or "") if login.username else None,
             )
@@ -2416,17 +2577,24 @@ class VlmServer:
             async with asyncio.timeout(CONNECT_S + 5):
                 self.version = await self._ask_version()
         except _failures() as error:
+            usual = "start it with `ollama serve` or name its address with --host"
             raise PipelineError(
                 f"no Ollama answers at {self.url} ({_short(error)}): "
-                f"{_remedy(error) or NO_SERVER}"
+                f"{_remedy(error) or usual}"
             ) from None
-        try:
-            for model in (self._cfg.vlm, self._cfg.embed_model):
-                if not _find(await self._digests(), model):
-                    await self._pull_or_explain(model)
-            await self._check_vision()
-        except _failures() as error:
-            raise self._failed_test(error) from None
+        for model in (self._cfg.vlm, self._cfg.embed_model):
+            if not _find(await self._call("list its models", self._digests), model):
+                await self._pull_or_explain(model)
+        vlm = self._cfg.vlm
+        shown = await self._call(f"show {vlm}", lambda: self._client.show(vlm))
+        families = (shown.details.families if shown.details else None) or ()
+        capabilities = shown.capabilities or ()
+        if "vision" not in capabilities and "clip" not in families:
+            raise PipelineError(
+                f"model {vlm} can't see images: choose a vision model with --vlm, for "
+                "example llava-phi3"
+            )
+        self._think = False if "thinking" in capabilities else None
 
     async def preflight(self) -> ServerFacts:
         """Load both models and see that they do their work.
@@ -2437,44 +2605,26 @@ class VlmServer:
             Naming what is missing, and the command that mends it.
         """
         await self.check_models()
-        self._tell(f"loading {self._cfg.embed_model} and {self._cfg.vlm} on the server")
-        try:
-            self._facts = await self._tried_models()
-        except _failures() as error:
-            raise self._failed_test(error) from None
-        return self._facts
-
-    def _failed_test(self, error: Exception) -> PipelineError:
-        return PipelineError(
-            f"the server at {self.url} (Ollama {self.version}) failed its first test: "
-            f"{_short(error)}: {_remedy(error) or 'see its log'}"
-        )
-
-    async def _tried_models(self) -> ServerFacts:
-        digests = await self._digests()
+        vlm, embedder = self._cfg.vlm, self._cfg.embed_model
+        self._tell(f"loading {embedder} and {vlm} on the server")
+        digests = await self._call("list its models", self._digests)
         # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()
-        try:
-            await self._twice(self._load_vlm)
-        except (_ollama().ResponseError, TimeoutError) as error:
-            raise PipelineError(
-                f"model {self._cfg.vlm} can't be loaded ({_short(error)}): see the "
-                "server's log, free memory or choose a smaller --vlm"
-            ) from None
-        both, gpu_share = await self._residence()
-        if not both and self._cfg.keep_alive != "0":  # another model was in the way?
-            await self._embed_once([config.PROBE_SENTENCE])
-            both, gpu_share = await self._residence()
-            if not both:
-                await self._load_vlm()
-        return ServerFacts(
+        await self._call(f"load {vlm}", self._load_vlm, LOAD_S)
+        both, gpu_share = await self._call("list what is loaded", self._residence)
+        if not both and self._cfg.keep_alive != "0":  # was another model in the way?
+            await self._embed_some([config.PROBE_SENTENCE], LOAD_S)
+            await self._call(f"load {vlm}", self._load_vlm, LOAD_S)
+            both, gpu_share = await self._call("list what is loaded", self._residence)
+        self._facts = ServerFacts(
             version=self.version,
-            vlm_digest=_find(digests, self._cfg.vlm),
-            embedder_digest=_find(digests, self._cfg.embed_model),
+            vlm_digest=_find(digests, vlm),
+            embedder_digest=_find(digests, embedder),
             probe=probe,
             both_loaded=both or self._cfg.keep_alive == "0",
             gpu_share=gpu_share,
         )
+        return self._facts
 
     async def _residence(self) -> tuple[bool, float]:
         """Whether both models are loaded, and the VLM's share on the GPU."""
@@ -2492,7 +2642,7 @@ class VlmServer:
         Says so when the server is another version, or the VLM has left the GPU.
         """
         facts = self.facts
-        digests = await self._call(self._digests)
+        digests = await self._call("list its models", self._digests)
         for model, then in (
             (self._cfg.vlm, facts.vlm_digest),
             (self._cfg.embed_model, facts.embedder_digest),
@@ -2507,37 +2657,31 @@ class VlmServer:
                     f"model {model} was replaced on the server during the run; start "
                     "again: what the former model answered is kept apart"
                 )
-        version = await self._call(self._ask_version)
+        version = await self._call("say its version", self._ask_version)
         if version != self.version:
             self._tell(f"Ollama at {self.url} is {version} now, was {self.version}")
-            self.version = version
-        await self._watch_gpu(facts)
-
-    async def _watch_gpu(self, facts: ServerFacts) -> None:
-        if not facts.gpu_share:
+            self.version, self.changed = version, True
+        if not facts.gpu_share or self._cfg.keep_alive == "0":
             return
-        try:
+        with suppress(*_failures()):
             _, share = await self._residence()
-        except _failures():
-            return
-        if share < facts.gpu_share / 2 and self._cfg.keep_alive != "0":
-            self._tell(
-                f"warning: only {share:.0%} of {self._cfg.vlm} is on the GPU now, it "
-                f"was {facts.gpu_share:.0%}: answers will be slow; see the server's log"
-            )
-            self._facts = replace(facts, gpu_share=share)
+            if share < facts.gpu_share / 2:
+                self._tell(
+                    f"warning: {share:.0%} of {self._cfg.vlm} is on the GPU, it was "
+                    f"{facts.gpu_share:.0%}: answers are slow; see the server's log"
+                )
+                self._facts = replace(facts, gpu_share=share)
 
     async def _ask_version(self) -> str:
         """The server's version: also the cheapest proof that an Ollama answers."""
         reply = await self._client._client.get("/api/version")  # it has no call for it
         if reply.status_code != 200:
-            raise _ollama().ResponseError(
-                reply.headers.get("location", reply.reason_phrase), reply.status_code
-            )
-        try:
-            return str(reply.json()["version"])
-        except (KeyError, TypeError):
-            raise ValueError("the answer has no version") from None
+            where = reply.headers.get("location", reply.reason_phrase)
+            raise _ollama().ResponseError(where, reply.status_code)
+        found = reply.json()
+        if not isinstance(found, dict) or "version" not in found:
+            raise ValueError("the answer has no version")
+        return str(found["version"])
 
     async def _digests(self) -> dict[str, str]:
         models = (await self._client.list()).models
@@ -2549,8 +2693,8 @@ class VlmServer:
                 f"model {model} is not on the server at {self.url}: run "
                 f"`ollama pull {model}` or add --pull"
             )
+        told = ""
         try:
-            told = ""
             async for step in await self._client.pull(model, stream=True):
                 line = f"pull {model}: {step.status or ''}"
                 if step.total:
@@ -2558,98 +2702,47 @@ class VlmServer:
                 if line != told:  # the server reports every few milliseconds
                     self._tell(line)
                 told = line
-        except _ollama().ResponseError as error:
+        except _failures() as error:
             raise PipelineError(
                 f"model {model} can't be downloaded ({_short(error)}): check its name "
                 "and the server's internet connection"
             ) from None
 
-    async def _check_vision(self) -> None:
-        shown = await self._client.show(self._cfg.vlm)
-        families = (shown.details.families if shown.details else None) or ()
-        capabilities = shown.capabilities or ()
-        if "vision" not in capabilities and "clip" not in families:
-            raise PipelineError(
-                f"model {self._cfg.vlm} can't see images: choose a vision model with "
-                "--vlm, for example llava-phi3"
-            )
-        self._think = False if "thinking" in capabilities else None
-
     async def _load_vlm(self) -> None:
-        """Load the VLM with the options of every later call, so that none reloads it.
-
-        With an own, long time-out: a client that leaves early aborts the load.
-        """
-        async with asyncio.timeout(LOAD_S):
-            await self._client.chat(
-                self._cfg.vlm,
-                messages=[],
-                options=vlm_options(self._cfg),
-                keep_alive=self._keep_alive,
-            )
+        """Load the VLM with the options of every later call: none reloads it."""
+        await self._client.chat(
+            self._cfg.vlm,
+            messages=[],
+            options=vlm_options(self._cfg),
+            keep_alive=self._keep_alive,
+        )
 
     async def _probe_embedder(self) -> NDArray[np.float32]:
         """The probe's embedding; and whether a list gives what single texts give."""
         model, prefix = self._cfg.embed_model, embed_prefix(self._cfg)
         texts = [prefix + text for text in (config.PROBE_SENTENCE, *_PROBE_LIST)]
-        try:
-            async with asyncio.timeout(LOAD_S):
-                alone = [
-                    await self._twice(partial(self._embed_once, [t])) for t in texts
-                ]
-        except _ollama().ResponseError as error:
-            if "support embeddings" in str(error):
-                raise PipelineError(
-                    f"this server (Ollama 0.30 or later) can't embed with {model}: run "
-                    "`ollama pull nomic-embed-text` and use --embed-model "
-                    "nomic-embed-text"
-                ) from None
-            raise PipelineError(
-                f"model {model} can't embed ({_short(error)}): "
-                f"{_remedy(error) or 'choose another --embed-model'}"
-            ) from None
-        except TimeoutError:
-            raise PipelineError(
-                f"model {model} did not load in {LOAD_S:.0f} s: see the server's log"
-            ) from None
-        probe = alone[0][0]
-        if probe is None:
+        alone = [(await self._embed_some([text], LOAD_S))[0] for text in texts]
+        if (probe := alone[0]) is None:
             raise PipelineError(
                 f"model {model} gives embeddings that are not numbers: choose another "
-                "--embed-model"
+                "--embed-model, for example nomic-embed-text"
             )
+        self._n_features = probe.size
         try:
-            together = await self._twice(partial(self._embed_once, texts))
-        except _failures():
+            together = await self._embed_some(texts, LOAD_S)
+        except PipelineError:
             together = [None] * len(texts)
-        pairs = [(a, b) for (a,), b in zip(alone, together, strict=True)]
-        if any(
-            a is None or b is None or cosine(a, b) < SAME_EMBEDDING for a, b in pairs
-        ):
+        pairs = zip(alone, together, strict=True)
+        if not all(a is b or _alike(a, b) for a, b in pairs):
             self._tell(f"{model} embeds lists otherwise: one text a request")
             self._chunk = 1
-        self._n_features = probe.size
         return probe
-
-    async def _twice(self, request: Callable[[], Awaitable[Result]]) -> Result:
-        """Try once more what may only have failed by chance, but not a time-out."""
-        try:
-            return await request()
-        except TimeoutError:
-            raise
-        except _failures() as error:
-            if not _may_pass(error):
-                raise
-        await asyncio.sleep(FIRST_PAUSE_S)
-        return await request()
 
     @property
     def _keep_alive(self) -> float | str:
         """A number is sent as a number: as text Ollama wants a unit."""
-        try:
-            return float(self._cfg.keep_alive)
-        except ValueError:
-            return self._cfg.keep_alive
+        text = self._cfg.keep_alive
+        return text if text[-1].isalpha() else float(text)
 
     # -- the work --
 
@@ -2661,44 +2754,36 @@ class VlmServer:
         dict
             What the journal keeps of the reply: text, done, done_reason, counters
             (durations in ns), time (UTC) and server_version.
-
-        Raises
-        ------
-        RejectedError, PipelineError
-            The server refused this request, or the run can't go on.
         """
         # The client puts the image before the text, and only the text varies: the
         # server then finds the image in its prefix cache. The same bytes every time.
         reply = await self._call(
+            "describe an image",
             lambda: self._client.chat(
                 self._cfg.vlm,
                 messages=[{"role": "user", "content": prompt, "images": [png]}],
                 options={**vlm_options(self._cfg), "seed": seed},
                 keep_alive=self._keep_alive,
                 think=self._think,
-            )
+            ),
         )
-        counters: tuple[str, ...] = ("prompt_eval_count", "prompt_eval_duration")
-        counters += ("eval_count", "eval_duration", "total_duration")
+        counters = ("prompt_eval_count", "prompt_eval_duration", "eval_count")
         return {
             "text": reply.message.content or "",
             "done": bool(reply.done),
             "done_reason": reply.done_reason,
-            **{name: getattr(reply, name) for name in counters},
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **{n: getattr(reply, n) for n in (*counters, "eval_duration")},
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "server_version": self.version,
         }
 
     def note(self, answer: Answer, image_id: str) -> None:
         """Stop a run whose answers can't be used: the server is ill, not the images."""
         self._noted.append((answer.usable, image_id))
-        first, last = self._noted[:BAD_ANSWERS], self._noted[-BAD_ANSWERS:]
-        bad_start = (
-            len(self._noted) == BAD_ANSWERS
-            and sum(not usable for usable, _ in first) > len(first) / 2
-        )
-        bad_row = len(last) == BAD_ANSWERS and not any(usable for usable, _ in last)
-        if bad_start or (bad_row and len({image for _, image in last}) > 1):
+        last = self._noted[-BAD_ANSWERS:]
+        bad = [image for usable, image in last if not usable]
+        start = len(self._noted) == BAD_ANSWERS and len(bad) > BAD_ANSWERS / 2
+        if start or (len(bad) == BAD_ANSWERS and len(set(bad)) > 1):
             raise PipelineError(
                 f"{self._cfg.vlm} on the server at {self.url} (Ollama {self.version}) "
                 f"gives answers that can't be used (the last one is {answer.problem}: "
@@ -2707,7 +2792,7 @@ class VlmServer:
                 "a larger --num-predict); then the same command asks these again"
             )
 
-    async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
+    async def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts in lists of EMBED_CHUNK; None for a text that can't be embedded.
 
         A list fails as a whole, so that a failing one is asked again text by text.
@@ -2720,31 +2805,30 @@ class VlmServer:
         vectors: list[NDArray[np.float32] | None] = []
         for start in range(0, len(texts), self._chunk):
             chunk = texts[start : start + self._chunk]
-            found = await self._embedded(chunk)
+            found = await self._embed_all_or_none(chunk)
             for text, vector in zip(chunk, found, strict=True):
                 again = vector is None and len(chunk) > 1
-                vectors += await self._embedded([text]) if again else [vector]
+                vectors += await self._embed_all_or_none([text]) if again else [vector]
         return vectors
 
-    async def _embedded(self, texts: Sequence[str]) -> list[NDArray[np.float32] | None]:
+    async def _embed_all_or_none(self, texts: Sequence[str]) -> Vectors:
         try:
-            return await self._call(partial(self._embed_once, texts))
+            return await self._embed_some(texts)
         except RejectedError:
             return [None] * len(texts)
 
-    async def _embed_once(
-        self, texts: Sequence[str]
-    ) -> list[NDArray[np.float32] | None]:
-        started = time.monotonic()
-        reply = await self._client.embed(
-            self._cfg.embed_model, texts, keep_alive=self._keep_alive
-        )
-        self.embedding_s += time.monotonic() - started
-        if len(reply.embeddings) != len(texts):
-            raise ValueError(
-                f"{len(reply.embeddings)} embeddings for {len(texts)} texts"
-            )
-        return [self._checked(vector) for vector in reply.embeddings]
+    async def _embed_some(self, texts: Sequence[str], seconds: float = 0) -> Vectors:
+        model = self._cfg.embed_model
+
+        async def request() -> Vectors:
+            started = time.monotonic()
+            reply = await self._client.embed(model, texts, keep_alive=self._keep_alive)
+            self.embedding_s += time.monotonic() - started
+            if (count := len(reply.embeddings)) != len(texts):
+                raise ValueError(f"{count} embeddings for {len(texts)} texts")
+            return [self._checked(vector) for vector in reply.embeddings]
+
+        return await self._call(f"embed with {model}", request, seconds)
 
     def _checked(self, values: Sequence[float]) -> NDArray[np.float32] | None:
         """The vector, or None where it is not one like the probe's."""
@@ -2754,74 +2838,92 @@ class VlmServer:
 
     # -- one call, and what can go wrong --
 
-    async def _call(self, request: Callable[[], Awaitable[Result]]) -> Result:
-        """One request under the semaphore, tried again while its failure may pass."""
+    async def _call(
+        self,
+        what: str,
+        request: Callable[[], Awaitable[Result]],
+        seconds: float = 0,
+    ) -> Result:
+        """One request under the semaphore, tried again while its failure may pass.
+
+        Where `seconds` are given (a model loads), running out of them is final: a
+        client that leaves aborts the load.
+
+        Raises
+        ------
+        RejectedError
+            It fails alone.
+        PipelineError
+            The run ends with it.
+        """
+
+        def may_pass(error: BaseException) -> bool:
+            too_long = bool(seconds) and isinstance(error, TimeoutError)
+            return _may_pass(error) and not too_long
+
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential(FIRST_PAUSE_S, max=30)
             + tenacity.wait_random(0, FIRST_PAUSE_S),
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(may_pass),
             before_sleep=self._if_away,
             reraise=True,
         )
 
         async def once() -> Result:
-            async with self._semaphore, asyncio.timeout(ANSWER_S):
+            async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
                 return await request()
 
         try:
             result: Result = await retrying(once)
         except _failures() as error:
-            raise self._given_up(error) from None
+            self._given_up_in_a_row += 1
+            said = f"the server at {self.url} can't {what} ({_short(error)})"
+            if remedy := _remedy(error):
+                raise PipelineError(f"{said}: {remedy}") from None
+            if self._given_up_in_a_row >= GIVE_UP_AFTER:
+                raise PipelineError(
+                    f"{said}, {GIVE_UP_AFTER} requests in a row: see its log, then run "
+                    "the same command again"
+                ) from None
+            raise RejectedError(f"{said}: see its log") from None
         self._given_up_in_a_row = 0
         return result
-
-    def _given_up(self, error: Exception) -> PipelineError:
-        """The error for this request: does it end alone, or the run with it?"""
-        self._given_up_in_a_row += 1
-        if remedy := _remedy(error):
-            return PipelineError(
-                f"the server at {self.url} says: {_short(error)}: {remedy}"
-            )
-        if self._given_up_in_a_row >= GIVE_UP_AFTER:
-            return PipelineError(
-                f"the server at {self.url} failed {GIVE_UP_AFTER} requests in a row "
-                f"(last: {_short(error)}): see its log, then run the same command again"
-            )
-        return RejectedError(f"the server failed: {_short(error)}")
 
     async def _if_away(self, state: Any) -> None:
         """Before the next try: wait for a server that does not answer at all."""
         if isinstance(state.outcome.exception(), _server_away()):
             async with self._recovery:
                 await self._wait_for_server()
+                self.changed = True
 
     async def _wait_for_server(self) -> None:
         """Return when the server answers, with the VLM loaded again if need be.
 
         What counts is the pauses: a workstation that slept has not waited.
         """
-        waited, told, pause = 0.0, "", min(2.0, FIRST_PAUSE_S * 4)
+        waited, pause = 0.0, min(2.0, FIRST_PAUSE_S * 4)
         while True:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     loaded = (await self._client.ps()).models
                 if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
-                    await self._load_vlm()
+                    async with asyncio.timeout(LOAD_S):
+                        await self._load_vlm()
                 return
             except _failures() as error:
+                why = f"({_short(error)})"
                 if not _may_pass(error):
-                    raise self._given_up(error) from None
-                if not told:
-                    told = f"the server at {self.url} is away ({_short(error)})"
-                    self._tell(f"{told}: waiting up to {self._cfg.wait:.0f} s")
-                if waited >= self._cfg.wait:
-                    raise PipelineError(
-                        f"the server at {self.url} has not answered for "
-                        f"{self._cfg.wait:.0f} s ({_short(error)}): start it with "
-                        "`ollama serve` and run the same command again; every answer "
-                        "so far is kept"
-                    ) from None
+                    raise
+            if not waited:
+                wait = f"waiting up to {self._cfg.wait:.0f} s"
+                self._tell(f"the server at {self.url} is away {why}: {wait}")
+            if waited >= self._cfg.wait:
+                raise PipelineError(
+                    f"the server at {self.url} has not answered for {waited:.0f} s "
+                    f"{why}: start it with `ollama serve` and run the same command "
+                    "again; every answer so far is kept"
+                )
             await asyncio.sleep(pause)
             waited += pause
 
@@ -2830,7 +2932,6 @@ _PROBE_LIST = (
     "A straight edge divides the image into a dark and a bright half.",
     "Circles of different contrast are arranged in a ring.",
 )
-NO_SERVER = "start it with `ollama serve` or name its address with --host"
 
 
 @cache
@@ -2849,12 +2950,11 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether a failed request is worth another try; a bug is not."""
-    if isinstance(error, _ollama().ResponseError):
-        if error.status_code == 400:
-            # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
-            return "EOF" in str(error)
-        return not _remedy(error) and error.status_code != 413
-    return isinstance(error, _failures()) and not _remedy(error)
+    if _remedy(error) or not isinstance(error, _failures()):
+        return False
+    status = getattr(error, "status_code", 0)
+    # /api/embed reports a crashed runner as 400 "do embedding request … EOF".
+    return status != 413 and (status != 400 or "EOF" in str(error))
 
 
 _STATUS_REMEDIES = {
@@ -2862,17 +2962,20 @@ _STATUS_REMEDIES = {
     403: "something between refuses: add the server to NO_PROXY, or set OLLAMA_ORIGINS",
     407: "a proxy stands between: add the server to NO_PROXY",
     404: "run `ollama pull` for that model, or see that --host names an Ollama",
-    501: "choose another --embed-model",
+    501: "run `ollama pull nomic-embed-text`, use --embed-model nomic-embed-text",
     **dict.fromkeys((301, 302, 303, 307, 308), "name the new address with --host"),
 }
 
 
 def _remedy(error: BaseException) -> str:
     """What mends a failure for which no second try is worth while; else empty."""
-    text = f"{error} {error.__context__ or ''}"
-    if "CERTIFICATE_VERIFY_FAILED" in text:
+    if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__ or ''}":
         return "let SSL_CERT_FILE name the certificate of its authority"
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
+
+
+def _alike(one: NDArray[np.float32] | None, other: NDArray[np.float32] | None) -> bool:
+    return one is not None and other is not None and cosine(one, other) > SAME_EMBEDDING
 
 
 def _same_model(name: str, other: str) -> bool:
@@ -2881,10 +2984,7 @@ def _same_model(name: str, other: str) -> bool:
 
 def _find(digests: Mapping[str, str], model: str) -> str:
     """The digest of a model on the server, or "" where it is not."""
-    for name, digest in digests.items():
-        if _same_model(name, model):
-            return digest
-    return ""
+    return next((d for name, d in digests.items() if _same_model(name, model)), "")
 
 
 def _short(error: BaseException) -> str:
@@ -2893,14 +2993,11 @@ def _short(error: BaseException) -> str:
     if isinstance(error, TimeoutError) or type(error).__name__.endswith("Timeout"):
         text = "no answer in time"
     elif isinstance(error, ConnectionError):
-        text = "no connection"
-        if "CERTIFICATE" in str(error.__context__):
-            text = "its certificate is not trusted"
-    try:
+        untrusted = "CERTIFICATE" in str(error.__context__)
+        text = "its certificate is not trusted" if untrusted else "no connection"
+    with suppress(ValueError, KeyError, TypeError):
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)
-    except (ValueError, KeyError, TypeError):
-        pass
     if (status := getattr(error, "status_code", 0)) > 0:
         text = f"HTTP {status}: {re.sub('<[^>]*>', ' ', text)}"
     return " ".join(text.split())[:200]
@@ -3131,7 +3228,9 @@ def decide(  # noqa: PLR0913
         Leave out the second reader; don't let the Modality refuse.
     """
     picture = None if one_reader or pixels is None else _look(model, pixels)
-    words, shares, needed = None, {}, {}
+    words: Opinion | None = None
+    shares: dict[str, float] = {}
+    needed: Mapping[str, float] = {}
     if rows is not None:
         limits = model.thresholds["stages"][str(stage)]
         words, shares = _read(model, rows, limits)
@@ -3190,3 +3289,384 @@ def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
         novelty=times_limit(distances.mean(), model.thresholds["pixels"]),
         nearest=[str(model.names[image]) for image in found[0, :3]],
     )
+
+
+# --- The page -----------------------------------------------------------------------
+# Owns how pictures look on screen and paper and how a person marks them. Never decides
+# what stands on a page, never asks the network, never needs a file beside the page.
+
+PAGE_TILES = 500
+"""Images a page: more are slow to open, and go to further pages."""
+
+
+HOW_TO_MARK = (
+    "To mark images: click, Shift+click or drag over a run, Ctrl+click, or arrow keys "
+    "and Space. To give them a class: its key (1 to 9) or n and a name; u takes it "
+    "back. Save, then run: python fase1_descompresion.py --labels etiquetas.csv"
+)
+
+
+class Tile(NamedTuple):
+    """One image on a page."""
+
+    name: str
+    picture: str = ""  # key of its thumbnail in Sheet.pictures
+    file: str = ""  # what a saved list calls it; empty: gets no class here
+    group: str = ""
+    label: str = ""
+    state: str = ""
+    lines: Sequence[str] = ()
+    shares: Mapping[str, float] = MappingProxyType({})  # drawn as bars
+    near: Sequence[tuple[str, str]] = ()  # (key, name) of images like it
+    details: Sequence[str] = ()
+    rank: int = 0  # its place in the second of Sheet.orders
+
+
+class Chart(NamedTuple):
+    """A curve: y is a share, and so is x where `x_max` is 1."""
+
+    title: str
+    x_title: str
+    points: Sequence[tuple[float, float, float, float]]  # x, y, interval of y
+    x_max: float = 1.0
+    y_max: float = 1.0
+    diagonal: bool = False
+
+
+class Section(NamedTuple):
+    """Lines, a table (header first) and charts above the images."""
+
+    title: str
+    lines: Sequence[str] = ()
+    rows: Sequence[Sequence[str | tuple[str, str]]] = ()  # (cell, state that it shows)
+    charts: Sequence[Chart] = ()
+    warning: bool = False
+
+
+class Sheet(NamedTuple):
+    """What a page shows. Its texts may hold anything: they are escaped."""
+
+    title: str
+    folder: str  # the classes given in the browser are remembered for it
+    tiles: Sequence[Tile]
+    pictures: Mapping[str, bytes]  # JPEG
+    classes: Sequence[str]
+    sections: Sequence[Section] = ()
+    orders: Sequence[str] = ()
+    foot: Sequence[str] = ()
+
+
+def thumbnail(grey: NDArray[np.uint8]) -> bytes:
+    """JPEG of at most 160 pixels a side and about 2 to 4 kB.
+
+    Parameters
+    ----------
+    grey : ndarray, uint8 (rows, columns)
+        With or without the padding of `prepare_image`.
+    """
+    image = Image.fromarray(_without_padding(grey))
+    image.thumbnail((160, 160), Image.Resampling.BOX)
+    for quality in (75, 55, 35, 20, 10):
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=quality)
+        if jpeg.tell() <= 4000:
+            break
+    return jpeg.getvalue()
+
+
+def preview(pixels: Pixels, dataset: Dataset) -> bytes:
+    """Thumbnail of the middle frame of a decoded image, cheaply: of every n-th pixel.
+
+    In the grey window of `prepare_image`, found on these pixels: nearly its picture.
+    """
+    frame = frame_of(pixels, len(pixels.values) // 2)
+    step = max(1, max(frame.shape[:2]) // 480)
+    few = frame[::step, ::step]
+    values, padding = _display_values(few, dataset), _padding(few, dataset)
+    height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
+    scale = 160 / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small, share = (
+        np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX))
+        for one in (values, (~padding).astype(np.float32))
+    )
+    return thumbnail(_window(small, share))
+
+
+def page(path: Path, sheet: Sheet) -> None:
+    """Write `path`, and `path`_2 … for every further 500 images, where it changed.
+
+    A page needs nothing but a browser: thumbnails, styles and script are inside it.
+    """
+    import jinja2  # noqa: PLC0415 - loaded only where a page is made
+
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    count = max(1, math.ceil(len(sheet.tiles) / PAGE_TILES))
+    names = [f"_{n}" if n > 1 else "" for n in range(1, count + 1)]
+    paths = [path.with_stem(path.stem + name) for name in names]
+    for number, target in enumerate(paths):
+        tiles = sheet.tiles[number * PAGE_TILES :][:PAGE_TILES]
+        keys = {key for t in tiles for key in (t.picture, *(k for k, _ in t.near))}
+        pictures = {
+            key: base64.b64encode(sheet.pictures[key]).decode()
+            for key in keys
+            if key in sheet.pictures
+        }
+        html = template.render(
+            sheet=sheet, tiles=tiles, pictures=pictures, paths=paths, number=number
+        ).encode("utf-8", "backslashreplace")
+        if not target.is_file() or target.read_bytes() != html:
+            with atomic_write(target) as file:
+                file.write(html)
+
+
+_PAGE = r"""<!doctype html>
+{% macro picture(key, name) %}
+<img data-key="{{ key }}" alt="{{ name }}" title="{{ name }}" draggable="false"
+{%- if key in pictures %} src="data:image/jpeg;base64,{{ pictures.pop(key) }}"
+{%- endif %}>{% endmacro %}
+{% macro shown(v, top=1) %}
+{{ "%.3g %%"|format(v * 100) if top <= 1 else "%.3g"|format(v) }}{% endmacro %}
+{% macro chart(c) %}
+{% macro x(v) %}{{ (50 + 250 * v / c.x_max)|round(1) }}{% endmacro %}
+{% macro y(v) %}{{ (190 - 176 * [v / c.y_max, 1]|min)|round(1) }}{% endmacro %}
+<figure><h3>{{ c.title }}</h3><svg viewBox="0 0 320 230" role="img">
+{% for v in (0, 0.25, 0.5, 0.75, 1) %}
+<path class="axis" d="M50 {{ y(v * c.y_max) }}H300"/>
+<text x="44" y="{{ y(v * c.y_max) }}" class="left">{{ shown(v * c.y_max) }}</text>
+<text x="{{ x(v * c.x_max) }}" y="206">{{ shown(v * c.x_max, c.x_max) }}</text>
+{% endfor %}
+<text x="175" y="224">{{ c.x_title }}</text>
+{% if c.diagonal %}<path class="axis" d="M50 190L300 14"/>{% endif %}
+<polyline points="{% for p in c.points %}{{ x(p[0]) }},{{ y(p[1]) }} {% endfor %}"/>
+{% for p in c.points %}
+<path class="span" d="M{{ x(p[0]) }} {{ y(p[2]) }}V{{ y(p[3]) }}"/>
+<circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="3"><title>{{ shown(p[0], c.x_max)
+ }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to {{ shown(p[3]) }})</title></circle>
+{% endfor %}</svg></figure>{% endmacro %}
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src data: 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><title>{{ sheet.title }}</title>
+<style>
+:root { color-scheme: light dark; --back: #f3f5f8; --card: #fff; --ink: #1a1f26;
+  --dim: #58626f; --line: #d3d9e1; --blue: #0b5fd0; --warn: #fff1cc }
+@media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1d232b;
+  --ink: #e5e9ee; --dim: #9aa5b2; --line: #36404b; --blue: #72adff; --warn: #3b3010 } }
+* { box-sizing: border-box } [hidden], .chip:empty { display: none !important }
+html { background: var(--back); color: var(--ink); overflow-wrap: anywhere }
+body { margin: auto; padding: 0 16px 32px; max-width: 1700px; font: 14px/1.4 system-ui }
+h1 { font-size: 21px; margin: 14px 0 4px } h2 { font-size: 16px; margin: 12px 0 4px }
+h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
+#sections, main { display: grid; gap: 10px; margin-bottom: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)) }
+#sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
+.warning, section:has(svg), main h2 { grid-column: 1 / -1 }
+.warning { background: var(--warn); padding: 0 14px 10px }
+button, select, #find, #name { font: inherit; color: inherit; padding: 4px 9px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px }
+#classes button { border-left: 6px solid var(--c) } button, .mark { cursor: pointer }
+#save { background: var(--blue); color: var(--back) } .mark { user-select: none }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 1px }
+.row { display: flex; flex-wrap: wrap; gap: 6px } .tile.on { border-color: var(--blue) }
+#bar { position: sticky; top: 0; z-index: 2; background: var(--back); padding: 8px 0;
+  margin: 10px 0; border-bottom: 1px solid var(--line); align-items: center }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: 3px 10px; border-bottom: 1px solid var(--line); text-align: right }
+tr > :first-child { text-align: left } figure, .tile, .warning { border-radius: 8px }
+figure { margin: 0; flex: 0 1 340px; padding: 8px 10px; background: var(--card) }
+svg { width: 100%; font-size: 11px; fill: var(--blue) } .span { opacity: .5 }
+text { fill: var(--dim); text-anchor: middle; dominant-baseline: middle }
+path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
+.axis { stroke: var(--line); stroke-width: 1 } .left { text-anchor: end }
+.tile { background: var(--card); border: 2px solid transparent; padding: 7px;
+  border-left: 6px solid var(--c, transparent); position: relative; font-size: 13px }
+.many .tile { content-visibility: auto; contain-intrinsic-size: auto 290px }
+.tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0 }
+.tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
+.tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
+.mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace }
+.mono { white-space: pre-wrap; padding-left: 21ch; text-indent: -21ch }
+.wide .tile > img { width: 160px; float: left; margin-right: 10px }
+.rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
+.rest small, .rest img { width: 84px; color: var(--dim) }
+.chip { font-weight: 650; border: 1px solid var(--line); padding: 0 7px;
+  border-radius: 9px; margin-right: 4px } .mine { background: var(--c); color: #000 }
+.share::before { content: ""; display: inline-block; width: 78px; height: 9px;
+  background: linear-gradient(var(--blue) 0 0) 0 / var(--share) no-repeat var(--line) }
+@media print { #bar, input { display: none } body { print-color-adjust: exact }
+  .tile { break-inside: avoid; border-color: #999; content-visibility: visible } }
+</style>
+<body data-folder="{{ sheet.folder }}" data-classes='{{ sheet.classes|tojson }}'
+ data-save="etiquetas{{ "_%d"|format(number + 1) if paths|length > 1 }}.csv">
+<h1><bdi>{{ sheet.title }}</bdi></h1><div id="sections">{% for s in sheet.sections %}
+<section{% if s.warning %} class="warning"{% endif %}><h2>{{ s.title }}</h2>
+{% for line in s.lines %}<p{% if line[:2] == "  " %} class="mono"{% endif %}
+><bdi>{{ line }}</bdi></p>{% endfor %}
+<table>{% for row in s.rows %}{% set tag = "th" if loop.first else "td" %}<tr>
+{% for cell in row %}<{{ tag }}>{% if cell is string %}<bdi>{{ cell }}</bdi>{% else %}
+<button data-show="{{ cell[1] }}" title="{{ cell[1] }}">{{ cell[0] }}</button>
+{% endif %}</{{ tag }}>{% endfor %}</tr>{% endfor %}</table>
+<div class="row">{% for c in s.charts %}{{ chart(c) }}{% endfor %}</div></section>
+{% endfor %}</div>
+<div id="bar" class="row">
+<input id="find" type="search" placeholder="find text ( / )" aria-label="find text">
+<select id="only" aria-label="class or state"><option value="">all<option>no class
+{% for name in sheet.tiles|map(attribute="state")|unique if name %}
+<option value="{{ name }}">{{ name }}{% endfor %}</select>
+<select id="order" aria-label="order"{% if not sheet.orders %} hidden{% endif %}>
+{% for order in sheet.orders %}<option>{{ order }}{% endfor %}</select>
+{% if paths|length > 1 %}{% for p in paths %}<a href="{{ p.name|urlencode }}"
+{%- if loop.index0 == number %} aria-current="page"{% endif %}>page {{ loop.index }}</a>
+{% endfor %}{% endif %}
+<span id="give" class="row"><span id="classes" class="row"></span>
+<input id="name" placeholder="other class ( n )" aria-label="other class" size="14">
+<button id="none">take back ( u )</button><button id="save"></button></span>
+<output id="said" class="dim"></output></div>
+<main class="{{ "wide" if tiles|selectattr("shares")|list }}
+ {{ "many" if tiles|length > 100 }}">
+{% for t in tiles %}
+{% if t.group and loop.changed(t.group) %}<h2><bdi>{{ t.group }}</bdi></h2>{% endif %}
+<article class="tile{{ " mark" if t.file }}" data-file="{{ t.file }}"
+ data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ t.rank }}">
+{{ picture(t.picture, t.name) }}
+{% if t.file %}<input type="checkbox" aria-label="{{ t.name }}">{% endif %}
+<bdi class="mine chip"></bdi><bdi class="chip">{{ t.label }}</bdi>
+<bdi class="dim">{{ t.state }}</bdi>
+{% for name, share in t.shares.items() %}
+{% set part = "%.1f%%"|format(share * 100) %}
+<div class="share" style="--share: {{ part }}"> {{ part }} <bdi>{{ name }}</bdi></div>
+{% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
+<h3><bdi>{{ t.name }}</bdi></h3>
+<div class="rest row">{% for key, name in t.near %}
+<small>{{ picture(key, name) }}<bdi>{{ name.split("/")[0] }}</bdi></small>
+{% endfor %}</div>
+{% if t.details %}<details class="rest"><summary>descriptions</summary>
+{% for line in t.details %}<p><bdi>{{ line }}</bdi></p>{% endfor %}</details>{% endif %}
+</article>
+{% endfor %}</main>
+<footer class="dim">{% for line in sheet.foot %}<p>{{ line }}</p>{% endfor %}</footer>
+<script>
+const $ = (id) => document.getElementById(id), data = document.body.dataset;
+const all = (css) => [...document.querySelectorAll(css)], main = all("main")[0];
+const tiles = all(".tile"), nodes = [...main.children], store = "marks " + data.folder;
+const colours = ["#56b4e9", "#e69f00", "#2fb58a", "#f0e442", "#cc79a7", "#d5733c"];
+let marks = new Map(), names = [], anchor = null, drag = false;
+const box = (tile) => tile.querySelector("input");
+const seen = () => all(".mark:not([hidden])");
+const chosen = () => seen().filter((tile) => box(tile).checked);
+const saved = () => tiles.filter((tile) => marks.get(tile.dataset.file));
+const say = (text) => { $("said").textContent = text; };
+function load() { // another window may have changed them
+  try { marks = new Map(JSON.parse(localStorage.getItem(store) || "[]")); } catch {}
+}
+function chose() {
+  for (const tile of all(".mark")) tile.classList.toggle("on", box(tile).checked);
+  const shown = `${all(".tile:not([hidden])").length} shown`;
+  say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
+}
+function choose(from, to) { // marks the images from one to another, and no others
+  const list = seen(), ends = [list.indexOf(from), list.indexOf(to)];
+  const [low, high] = ends.sort((a, b) => a - b);
+  list.forEach((tile, at) => { box(tile).checked = at >= low && at <= high; });
+  chose();
+}
+function show() {
+  const count = new Map(JSON.parse(data.classes).map((name) => [name, 0]));
+  const text = $("find").value.toLowerCase(), only = $("only").value;
+  for (const tile of tiles) {
+    const mine = marks.get(tile.dataset.file) || "", name = mine || tile.dataset.label;
+    if (name) count.set(name, (count.get(name) || 0) + 1);
+    names = [...count.keys()];
+    tile.style.setProperty("--c", colours[names.indexOf(name) % 6] || "transparent");
+    tile.querySelector(".mine").textContent = mine;
+    tile.hidden = !tile.textContent.toLowerCase().includes(text)
+      || (only && only !== (name || "no class") && only !== tile.dataset.state);
+    if (tile.hidden && box(tile)) box(tile).checked = false;
+  }
+  $("classes").replaceChildren(...names.map((name, at) => {
+    const button = document.createElement("button"), digit = at < 9 ? at + 1 : "";
+    button.textContent = `${digit} ${name}: ${count.get(name)}`;
+    button.style.setProperty("--c", colours[at % 6]);
+    button.onclick = () => give(name);
+    return button;
+  }));
+  const listed = [...$("only").options].map((option) => option.value);
+  names.filter((name) => !listed.includes(name))
+    .forEach((name) => $("only").add(new Option(name, name)));
+  $("save").textContent = `Save ${data.save} (${saved().length})`;
+  const sorted = $("order").selectedIndex > 0;
+  for (const head of all("main h2")) head.hidden = sorted || text || only;
+  chose();
+}
+function give(name) {
+  const some = chosen().length ? chosen() : [document.activeElement.closest(".mark")];
+  if (!some[0]) return say("Mark images first: click, drag, or arrow keys and Space.");
+  if (/^[.\s]|[\\/:*?"<>|\x00-\x1f]|[.\s]$/.test(name))
+    return say("No folder can have that name.");
+  load();
+  for (const tile of some) marks.set(tile.dataset.file, name);
+  show();
+  try { localStorage.setItem(store, JSON.stringify([...marks])); }
+  catch { say("This browser forgets the classes with the page: save before."); }
+}
+function move(step, extend) {
+  const here = document.activeElement.closest(".mark"), list = seen();
+  const to = list[here ? list.indexOf(here) + step : 0];
+  if (!to) return;
+  if (extend) choose(anchor ||= here, to); else anchor = to;
+  box(to).focus();
+}
+$("save").onclick = () => {
+  const cell = (text) => '"' + text.replace(/^[=+\-@\t\r']/, "'$&") // no formula
+    .replaceAll('"', '""') + '"';
+  const lines = saved().map(({ dataset: { file } }) => [file, marks.get(file)]);
+  const csv = [["file", "class"], ...lines].map((line) => line.map(cell) + "\r\n");
+  const blob = new Blob(["\ufeff", ...csv], { type: "text/csv" });
+  const link = { href: URL.createObjectURL(blob), download: data.save };
+  Object.assign(document.createElement("a"), link).click();
+  say(`Next: python fase1_descompresion.py --labels ${data.save}`);
+};
+main.onmousedown = (event) => {
+  const tile = event.target.closest(".mark");
+  if (!tile || event.button || event.target.closest("input, .rest")) return;
+  event.preventDefault(); box(tile).focus({ preventScroll: true });
+  if (event.ctrlKey || event.metaKey) return box(tile).click();
+  if (!event.shiftKey || !anchor) anchor = tile;
+  drag = true; choose(anchor, tile);
+};
+main.onmouseover = (event) => {
+  const tile = event.target.closest(".mark");
+  if (drag && event.buttons & 1 && tile) choose(anchor, tile);
+};
+document.onmouseup = () => { drag = false; };
+main.onchange = (event) => { anchor = event.target.closest(".mark"); chose(); };
+document.onkeydown = ({ key, target, shiftKey, altKey, ctrlKey, metaKey }) => {
+  if (key === "Escape") { target.blur(); choose(); }
+  if (key === "Enter" && target === $("name")) {
+    give(target.value.trim()); target.value = ""; target.blur();
+  }
+  if (target.matches("select, #find, #name") || altKey || ctrlKey || metaKey) return;
+  const across = getComputedStyle(main).gridTemplateColumns.split(" ").length;
+  const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across };
+  const name = key.toLowerCase() === "u" ? "" : names[key - 1];
+  if (step[key]) move(step[key], shiftKey);
+  else if (name !== undefined) give(name);
+  else if (key === "n" || key === "/") $(key === "n" ? "name" : "find").focus();
+  else return true;
+  return false;
+};
+$("find").oninput = $("only").oninput = show; $("none").onclick = () => give("");
+$("order").oninput = () => {
+  const byRank = [...tiles].sort((a, b) => a.dataset.rank - b.dataset.rank);
+  main.append(...($("order").selectedIndex ? byRank : nodes)); show();
+};
+for (const button of all("[data-show]")) button.onclick = () => {
+  $("only").value = button.dataset.show; show(); $("bar").scrollIntoView();
+};
+const first = new Map(all("img[src]").map((img) => [img.dataset.key, img.src]));
+for (const img of all("img:not([src])")) img.src = first.get(img.dataset.key) || "";
+$("give").hidden = !all(".mark").length;
+(onstorage = () => { load(); show(); })();
+</script>
+"""

@@ -73,7 +73,7 @@ def label_by_hand(base: Path, labels: dict[str, str]) -> None:
     """Move every file of phase 1 into the folder of its class, as a person would."""
     knobs = config.Config(base=base)
     written = knobs.folder("decompressed_dir")
-    with (written / config.FILE_LIST).open(encoding="utf-8", newline="") as file:
+    with (written / config.FILE_LIST).open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file):
             label = labels[row["sop_instance_uid"]]
             source = written / row["output"]
@@ -83,7 +83,7 @@ def label_by_hand(base: Path, labels: dict[str, str]) -> None:
 
 def compare(table: Path, aside: dict[Path, str]) -> None:
     """Print what phase 4 said of the kept exposures beside what they are."""
-    with table.open(encoding="utf-8", newline="") as file:
+    with table.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         path = Path(row["file"])

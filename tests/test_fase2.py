@@ -570,7 +570,7 @@ def test_a_model_that_does_not_load_in_time_is_one_line(
     fake.control(script=[("/api/chat", 1, "hang")])
     monkeypatch.setattr(utils, "LOAD_S", 0.3)
     assert phase2(labelled(per_class=1), fake) == 2
-    assert "can't be loaded (no answer in time)" in caplog.records[-1].message
+    assert "can't load demo-vlm (no answer in time)" in caplog.records[-1].message
 
 
 def test_a_load_may_take_longer_than_an_answer(
@@ -598,7 +598,7 @@ def test_an_image_that_the_server_refuses_is_listed_and_the_rest_goes_on(
     )
     assert phase2(base, fake) == 1
     assert list(rejected(base)) == ["MTF1.dcm"]
-    assert "the server failed" in rejected(base)["MTF1.dcm"]
+    assert "can't describe an image" in rejected(base)["MTF1.dcm"]
     assert manifest_of(base)["counts"]["images"] == 5
     fake.control(script=[])
     assert phase2(base, fake) == 0

@@ -21,6 +21,7 @@ numbers of one run can be compared.
 import argparse
 import asyncio
 import io
+import json
 import struct
 import subprocess
 import sys
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import phantoms  # noqa: E402 - the modules of the project lie beside this folder
-from conftest import server_flags  # noqa: E402
+from fake_ollama import phase_flags  # noqa: E402
 
 import config  # noqa: E402
 
@@ -51,20 +52,11 @@ MEASURED = """
 import sys, time
 import fase2_generar_vectores_vlm as fase2
 
-ask = fase2.Interview.run
-
-async def timed(*args):
-    started = time.monotonic()
-    await ask(*args)
-    times.append(time.monotonic() - started)
-
-fase2.Interview.run = timed
-times = [time.monotonic(), time.process_time()]
+started, imports_cpu_s = time.monotonic(), time.process_time()
 code = fase2.main(sys.argv[1:])
-(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-started, imports_cpu_s, asking_s = times
 wall_s, cpu_s = time.monotonic() - started, time.process_time() - imports_cpu_s
-print(code, wall_s, asking_s, cpu_s, int(peak.split()[1]) / 1024)
+(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(code, wall_s, cpu_s, int(peak.split()[1]) / 1024)
 """
 """Phase 2 that says what it used; ru_maxrss would count its parent's memory as well."""
 
@@ -74,8 +66,6 @@ class Usage:
     """What one run of phase 2 took after its imports."""
 
     wall_s: float
-    asking_s: float
-    """Without the preflight, the scan and the writing of the dataset."""
     cpu_s: float
     peak_mb: float
 
@@ -85,9 +75,9 @@ def stand_in(**settings: object) -> Iterator[str]:
     """The stand-in in a process of its own, with both models loaded in no time."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "url"
-        flags = [f"--{name.replace('_', '-')}={v}" for name, v in settings.items()]
+        values = [f"{k}={json.dumps(v)}" for k, v in {"load_s": 0, **settings}.items()]
         command = [sys.executable, str(ROOT / "tests/fake_ollama.py"), "--port=0"]
-        command += ["--load-s=0", f"--ready-file={ready}", *flags]
+        command += [f"--ready-file={ready}", *values]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while not (ready.exists() and ready.read_text()):
                 time.sleep(0.02)
@@ -103,10 +93,19 @@ def stats(url: str) -> dict[str, Any]:
     return counters
 
 
+def asking_s(seen: dict[str, Any]) -> float:
+    """Seconds from the first question about an image to the last answer or vector.
+
+    Without the preflight, the scan and the writing of the dataset.
+    """
+    ends = (seen["last_s"][path] for path in ("/api/chat", "/api/embed"))
+    return float(max(ends) - seen["questions_s"][0])
+
+
 def phase2(base: Path, url: str, *flags: object) -> Usage:
     """Run phase 2 to a complete dataset."""
     command = [sys.executable, "-c", MEASURED, "--quiet", "--base", str(base)]
-    command += [*server_flags(url), *map(str, flags)]
+    command += [*phase_flags(url), *map(str, flags)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
     )
@@ -211,11 +210,12 @@ def busy_server(folder: Path, quick: bool) -> None:
         with stand_in(**settings, cache_ram_mib=0) as url:
             used = phase2(base, url, *flags)
             seen = stats(url)
-        in_use = seen["slot_busy_s"] / (slots * used.asking_s)
-        ratio = used.asking_s / seen["busy_s"]
+        took_s = asking_s(seen)
+        in_use = seen["slot_busy_s"] / (slots * took_s)
+        ratio = took_s / seen["busy_s"]
         report(f"{slots} slot(s): wall / server busy", f"{ratio:.3f}", "<= 1.03")
         report(f"{slots} slot(s): slots in use, share of wall", f"{in_use:.3f}", "none")
-        around_s = used.wall_s - used.asking_s
+        around_s = used.wall_s - took_s
         report(f"{slots} slot(s): start and end, seconds", f"{around_s:.1f}", "none")
         encodes = seen["encodes"] / images
         report(f"b  {slots} slot(s): encodes per image", f"{encodes:.2f}", "1.00")
@@ -255,7 +255,8 @@ def against_the_obvious_script(folder: Path, quick: bool) -> None:
         ours.mkdir()
         (ours / "datos_etiquetados").symlink_to(base / "datos_etiquetados")
         with stand_in(**settings) as url:
-            mine = phase2(ours, url, "--descriptions", prompts).asking_s
+            phase2(ours, url, "--descriptions", prompts)
+            mine = asking_s(stats(url))
         report(
             f"{name}, scale {settings['time_scale']}", f"{theirs / mine:.2f}", target
         )

@@ -36,6 +36,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("FDT", "MTF", "TOR")
 N_DIRECTIONS = 60
 NEW_PER_CLASS = 60
+HEADERS = (
+    "modality,manufacturer,detector,day,rows,columns,kvp,mas,first_answer,"
+    "last_answer,server_versions"
+)
 
 OBVIOUS = """
 import sys, warnings, joblib, numpy as np
@@ -71,7 +75,7 @@ class World:
         self.directions /= np.sqrt(self.n_features)
         self.base = draw(size=N_DIRECTIONS)
         self.classes = self.of_class * draw(size=(len(CLASSES), N_DIRECTIONS))
-        self.pictures = 0.8 * draw(size=(len(CLASSES), 40))
+        self.pictures = 0.8 * np.random.default_rng(0).normal(size=(len(CLASSES), 40))
         self.prompts = 1.5 * draw(size=(60, N_DIRECTIONS)) * self.spectrum
 
     def image(self, label: int, prompts: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -107,16 +111,18 @@ def write(world: World, base: Path, n_images: int) -> None:
             lines += [image | {"prompt_set": prompt_set} for prompt_set in sets]
     images = [lines[row] for row in range(0, len(lines), 50)]
     labels = np.array([CLASSES.index(line["class"]) for line in images])
-    pixels = world.rng.normal(size=(len(images), 40)) + world.pictures[labels]
+    noise = np.random.default_rng(n_images).normal(size=(n_images, 40))
+    pixels = noise + world.pictures[labels]
     folder = base / "dataset_final_vlm"
     folder.mkdir(parents=True)
     np.save(folder / config.DATASET_X, np.concatenate(parts))
     np.save(folder / config.DATASET_Y, np.array([line["class"] for line in lines]))
     np.save(folder / config.DATASET_PIXELS, pixels.astype(np.float32))
-    columns = ("image_id", "file", "class")
-    utils.write_csv(folder / config.DATASET_ROWS, (*columns, "prompt_set"), lines)
-    table = [{name: line[name] for name in columns} for line in images]
-    utils.write_csv(folder / config.DATASET_IMAGES, columns, table)
+    columns = ("image_id", "file", "class", "prompt_set")
+    utils.write_csv(folder / config.DATASET_ROWS, columns, lines)
+    empty = dict.fromkeys(HEADERS.split(","), "")
+    table = [empty | {name: line[name] for name in columns[:3]} for line in images]
+    utils.write_csv(folder / config.DATASET_IMAGES, list(table[0]), table)
     manifest = {
         "conditions": {},
         "probe_vector": "AAAAAA==",

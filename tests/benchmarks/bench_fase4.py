@@ -12,15 +12,13 @@ the stand-in takes the time of a GPU, and prints:
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import phantoms
-from conftest import server_flags
-from fake_ollama import FakeOllama
+from fake_ollama import FakeOllama, phase_flags
 
 import fase2_generar_vectores_vlm as fase2
 import fase3_entrenamiento_svc as fase3
@@ -38,7 +36,7 @@ def train(base: Path) -> None:
             phantoms.write(phantoms.exposure(label, seed, side=160), path)
     with FakeOllama() as fake:
         asked = ["--descriptions", "20", "--generic-share", "0.5", "--quiet"]
-        flags = ["--base", str(base), *server_flags(fake.url), *asked]
+        flags = ["--base", str(base), *phase_flags(fake.url), *asked]
         assert fase2.main(flags) == 0
     assert fase3.main(["--base", str(base), "--quiet"]) == 0
 
@@ -56,24 +54,17 @@ def measure(base: Path, images: list[str], slots: int) -> tuple[float, float, fl
     """Seconds to the first VLM request, of asking, and of the server being busy."""
     with FakeOllama(time_model="gpu", load_s=0.0, num_parallel=slots) as fake:
         command = [sys.executable, str(ROOT / "fase4_inferencia_vlm.py")]
-        flags = [*server_flags(fake.url), "--server-parallel", str(slots)]
-        started = time.monotonic()
-        with subprocess.Popen(
-            [*command, "--base", str(base), *flags, *images], stdout=subprocess.DEVNULL
-        ) as process:
-            first = asked = 0.0
-            while process.poll() is None:
-                stats = fake.stats()
-                now = time.monotonic() - started
-                if not first and stats["requests"].get("/api/chat"):
-                    first = now
-                if not asked and stats["slots_busy"] and stats["asked"]:
-                    asked, busy = now, stats["busy_s"]
-                answered = sum(a["answered"] for a in stats["asked"])
-                if answered < 10 * len(images):
-                    last, total = now, stats["busy_s"]
-                time.sleep(0.005)
-        return first, last - asked, total - busy
+        flags = [*phase_flags(fake.url), "--server-parallel", str(slots)]
+        fake.control(reset_stats=True)
+        subprocess.run(
+            [*command, "--base", str(base), *flags, *images],
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        seen = fake.stats()
+    first_question, _ = seen["questions_s"]
+    asking_s = max(seen["last_s"].values()) - first_question
+    return seen["first_s"]["/api/chat"], asking_s, seen["busy_s"]
 
 
 def main() -> None:
