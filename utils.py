@@ -1402,7 +1402,7 @@ def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
         value = content.flat[0] if content.size else "padding"
         raise RejectedError(f"has no contrast: every pixel is {value}")
     values, aspect = _display_values(pixels, dataset), _pixel_aspect(dataset)
-    share = np.ones(0, np.float32)
+    share: NDArray[Any] = np.ones(0)
     if is_padded:
         values[padding] = np.median(values[~padding])  # else it bleeds inwards
         share = _reduce((~padding).astype(np.float32), aspect)

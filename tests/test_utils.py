@@ -327,6 +327,7 @@ HEADER_NUMBERS = [
     ("PixelSpacing", b"0.1mm\\0.1mm"),
     ("ImagerPixelSpacing", b"  inf\\0.143"),
     ("ImagerPixelSpacing", b"1e300\\1e-30"),
+    ("PixelSpacing", b"10.0\\0.1"),
     ("PixelAspectRatio", b"1:1  \\1:1  "),
     ("RescaleSlope", b"1,25       "),
     ("RescaleSlope", b"N/A        "),
