@@ -2392,7 +2392,8 @@ class SightTest:
                 "or try another version of Ollama, then run the same command again"
             )
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        means = [pack_vector(one) for one in np.mean(seen, axis=0, dtype=np.float32)]
+        mean: NDArray[np.float32] = np.asarray(np.mean(seen, axis=0), np.float32)
+        means = [pack_vector(row) for row in mean]
         self._book.servers.add(
             {"key": "sight", "time": now, "means": means, **self._seen}
         )
