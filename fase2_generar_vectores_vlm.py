@@ -20,6 +20,11 @@ the dataset of the images that are complete.
     python fase2_generar_vectores_vlm.py
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import csv
 import logging
 import os
@@ -374,6 +379,7 @@ class Describing:
         except RejectedError as error:
             self.failures[image.image_id] = str(error)
         failed = image.image_id in self.failures
+        log.debug("%s: %s", image.path, self.failures.get(image.image_id, "described"))
         if embed or failed:
             self._progress.image_done(failed)
 

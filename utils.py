@@ -136,7 +136,8 @@ def exit_code(
         a bug and keeps its traceback.
     """
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # see the scripts' end
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while they loaded
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run()
         if sys.stdout:  # None where the caller has closed it
             sys.stdout.flush()
@@ -488,6 +489,10 @@ class Journal:
             for line in data.splitlines():
                 self._take(line)
             return
+        if not self.path.parent.is_dir():  # unmounted: the lock would make it anew
+            raise FileNotFoundError(
+                errno.ENOENT, os.strerror(errno.ENOENT), str(self.path.parent)
+            )
         with self._lock:
             self.refresh()
             with self.path.open("ab") as file:
