@@ -20,6 +20,11 @@ the dataset of the images that are complete.
     python fase2_generar_vectores_vlm.py
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import csv
 import logging
 import os
@@ -314,6 +319,8 @@ class Describing:
         self._todo = [image for image in alternating(images) if image.image_id in left]
         self._open_images, self._to_ask = len(left), sum(left.values())
         self._slots = utils.slots_of(cfg, [server])
+        self._sight = utils.SightTest(self._slots, book)
+        self._tests_sight = not (cfg.no_sight_test or cfg.estimate)
         self.failures: dict[str, str] = {}
         total = sum(len(questions_for(image.label, cfg)) for image in images)
         done = total - self._to_ask
@@ -331,20 +338,32 @@ class Describing:
             with logging_redirect_tqdm():
                 if self._cfg.estimate:
                     self._todo = self._todo[: len(self._slots)]
-                elif not self._book.facts.both_loaded:
+                elif self._tests_sight and self._is_anything_open():
+                    await self._sight.run()
+                if not (self._cfg.estimate or self._book.facts.both_loaded):
                     await self._go_through(embed=False)
                 await self._go_through(embed=True)
+                if self._tests_sight and self._sight.is_open:
+                    await self._sight.run()
         finally:
             self._progress.close()
+        if self._sight.seconds:
+            log.info("sight tests: %.0f s", self._sight.seconds)
         if self._cfg.estimate:
             slots = len(self._slots)
             open_ = self._open_images, self._to_ask
             print(estimate(self._progress.stamps, self._server, *open_, slots))
 
+    def _is_anything_open(self) -> bool:
+        """Questions of this run, or answers of a killed one that no test confirmed."""
+        last = self._sight.last_pass()
+        return bool(self._todo or self._book.answers_since(last))
+
     async def _go_through(self, embed: bool) -> None:
         good = [image for image in self._todo if image.image_id not in self.failures]
         work = partial(self._work, embed)
-        await utils.image_by_image(good, as_labelled, work, self._slots)
+        between = self._sight.when_due if self._tests_sight else None
+        await utils.image_by_image(good, as_labelled, work, self._slots, between)
 
     async def _work(
         self, embed: bool, image: LabelledImage, seen: PreparedImage | str, turn: Turn
@@ -360,6 +379,7 @@ class Describing:
         except RejectedError as error:
             self.failures[image.image_id] = str(error)
         failed = image.image_id in self.failures
+        log.debug("%s: %s", image.path, self.failures.get(image.image_id, "described"))
         if embed or failed:
             self._progress.image_done(failed)
 
@@ -686,12 +706,21 @@ async def interview(
         return images, book, describing.failures
 
 
+def show_sight(cfg: Config) -> int:
+    """Run the sight test alone and print every distance."""
+    print(
+        *utils.sight_lines(utils.run_async(utils.only_sight(cfg, log.info))), sep="\n"
+    )
+    return utils.EXIT_DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: flags, logging, one line for what a user can mend."""
     cfg, _ = config.parse_config(2, __doc__ or "", argv)
     utils.start_logging(log, cfg)
     kept = "every answer so far is kept; the same command goes on with it"
-    return utils.exit_code(lambda: run(cfg), log.error, kept)
+    phase = show_sight if cfg.sight_test_only else run
+    return utils.exit_code(lambda: phase(cfg), log.error, kept)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -39,18 +39,22 @@ import utils
 from config import Config
 from utils import (
     AnswerBook,
+    BlindError,
     Decision,
     Model,
     PipelineError,
     PreparedImage,
     RejectedError,
     ServerFacts,
+    SightTest,
     Turn,
     VlmServer,
 )
 
 log = logging.getLogger("fase4")
 
+TEST_EVERY, TEST_AT_END = 50, 10
+"""Images asked between two sight tests; more than so many ask for one at the end."""
 TRAIN_AGAIN = "run `python fase3_entrenamiento_svc.py` again"
 PLAIN_LINE_S = 15.0
 
@@ -151,7 +155,7 @@ def stages(model: Model, asked: int) -> list[int]:
 # --- One image after another --------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Result:
     """One file, and what came of it."""
 
@@ -171,10 +175,10 @@ class Inference:
         model: "asyncio.Task[Model]",
         book: AnswerBook,
         cfg: Config,
-        deliver: Callable[[Result], object],
+        delivery: "Delivery",
     ) -> None:
         self._server, self._model, self._book = server, model, book
-        self._cfg, self._deliver = cfg, deliver
+        self._cfg, self._delivery, self._asked = cfg, delivery, 0
         self._waiting: list[Result] = []
         self._finished: list[Result] = []
         self._first: dict[str, asyncio.Future[Result]] = {}
@@ -184,7 +188,30 @@ class Inference:
         results = [Result(path) for path in paths]
         self._waiting = list(results)
         slots = utils.slots_of(self._cfg, [self._server])
-        await utils.image_by_image(results, _prepared, self._work, slots)
+        if self._cfg.no_sight_test:
+            await utils.image_by_image(results, _prepared, self._work, slots)
+            return
+        sight = utils.SightTest(slots, self._book)
+        self._asked = 0
+
+        async def between() -> None:
+            if self._asked >= TEST_EVERY:
+                self._asked = 0
+                await self._test(sight)
+
+        if not sight.is_recent(answers=500, minutes=30):
+            await self._test(sight)
+        await utils.image_by_image(results, _prepared, self._work, slots, between)
+        if self._asked > TEST_AT_END:
+            await self._test(sight)
+
+    async def _test(self, sight: SightTest) -> None:
+        try:
+            await sight.run()
+        except BlindError:
+            self._delivery.withdraw()
+            raise
+        self._delivery.settle()
 
     async def _work(self, result: Result, _: None, turn: Turn) -> None:
         picture = result.picture
@@ -203,7 +230,7 @@ class Inference:
         self._finished.append(result)
         while self._waiting and self._waiting[0] in self._finished:
             self._finished.remove(self._waiting[0])
-            self._deliver(self._waiting.pop(0))
+            self._delivery.add(self._waiting.pop(0))
 
     async def _classify(
         self, result: Result, picture: PreparedImage, turn: Turn
@@ -223,6 +250,7 @@ class Inference:
         answers = self._book.of(picture)
         asked = utils.questions("generic", self._cfg.inference_descriptions)
         try:
+            self._asked += any(answers.chosen(question) is None for question in asked)
             for stage in stages(model, len(asked)):
                 some, turn.stays = asked[:stage], stage < len(asked)
                 await utils.ask(picture, some, answers, turn)
@@ -450,6 +478,64 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class Delivery:
+    """Shows every result as it comes; its row, tile and copy wait for a sight test.
+
+    With --no-sight-test nothing waits.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        metrics: Mapping[str, Any],
+        made_with: Mapping[str, Any],
+        book: AnswerBook,
+        table: Table | None,
+        cfg: Config,
+    ) -> None:
+        self._made_with, self._book, self._cfg = made_with, book, cfg
+        self._table, self._waiting = table, list[tuple[Result, dict[str, Any]]]()
+        self._gallery = Gallery(cfg.html, metrics, made_with, cfg) if cfg.html else None
+        self._bar = tqdm(total=images, unit="image", disable=cfg.quiet or None)
+        self.failed = 0
+
+    def add(self, result: Result) -> None:
+        """Show one result."""
+        self.failed += result.decision is None
+        found = record(result, {"time": now(), **self._made_with})
+        with tqdm.external_write_mode(sys.stdout):
+            show(result, found, self._cfg)
+        self._bar.update()
+        self._waiting.append((result, found))
+        if self._cfg.no_sight_test:
+            self.settle()
+
+    def settle(self) -> None:
+        """The server is shown to see: what waits is written."""
+        for result, found in self._waiting:
+            if self._table:
+                self._table.add(found)
+            if self._gallery:
+                self._gallery.add(result)
+            if self._cfg.copy_to:
+                copy_into(self._cfg.copy_to, result, self._book)
+        self._waiting.clear()
+
+    def withdraw(self) -> None:
+        """The server does not see: what waits is no result."""
+        for result, _ in self._waiting:
+            result.decision, result.error = None, "withdrawn: the sight test failed"
+            found = record(result, {"time": now(), **self._made_with})
+            show(result, found, self._cfg)
+        self.settle()
+
+    def close(self) -> None:
+        """End the bar and write the page."""
+        self._bar.close()
+        if self._gallery:
+            self._gallery.write()
+
+
 # --- The phase ----------------------------------------------------------------------
 
 
@@ -473,6 +559,12 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def run(cfg: Config, paths: Sequence[Path]) -> int:
     """Classify the files; 0 when every one has a result, 1 when some failed."""
+    if cfg.sight_test_only:
+        found = utils.run_async(utils.only_sight(cfg, log.info))
+        print(*utils.sight_lines(found), sep="\n")
+        return utils.EXIT_DONE
+    if not paths:
+        raise PipelineError("no image is named: name DICOM files or folders")
     files = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
     check_conditions(metrics, None, cfg)
@@ -489,7 +581,7 @@ async def classify(
     files: Sequence[Path], metrics: Mapping[str, Any], table: Table | None, cfg: Config
 ) -> int:
     """Check that model and server fit, then work through the files."""
-    folder, failed = cfg.folder("model_dir"), 0
+    folder = cfg.folder("model_dir")
     model = asyncio.create_task(asyncio.to_thread(utils.load_model, folder, metrics))
     with ExitStack() as shown:
         async with VlmServer(cfg, log.info) as server:
@@ -504,8 +596,6 @@ async def classify(
                 print(f"warning: {warning}", flush=True)
             book = open_book(cfg, facts)
             shown.enter_context(logging_redirect_tqdm())
-            bar = tqdm(total=len(files), unit="image", disable=cfg.quiet or None)
-            shown.callback(bar.close)
             made_with = {
                 "program_version": config.PROGRAM_VERSION,
                 "vlm_digest": facts.vlm_digest,
@@ -513,26 +603,13 @@ async def classify(
                 "model": utils.sha256_of(folder / config.METRICS)[:12],
                 "warnings": warnings,
             }
-            gallery = Gallery(cfg.html, metrics, made_with, cfg) if cfg.html else None
-            if gallery:
-                shown.callback(gallery.write)
-
-            def deliver(result: Result) -> None:
-                nonlocal failed
-                failed += result.decision is None
-                found = record(result, {"time": now(), **made_with})
-                with tqdm.external_write_mode(sys.stdout):
-                    show(result, found, cfg)
-                bar.update()
-                if table:
-                    table.add(found)
-                if gallery:
-                    gallery.add(result)
-                if cfg.copy_to:
-                    copy_into(cfg.copy_to, result, book)
-
-            await Inference(server, model, book, cfg, deliver).run(files)
-    return utils.EXIT_SOME_FAILED if failed else utils.EXIT_DONE
+            delivery = Delivery(len(files), metrics, made_with, book, table, cfg)
+            try:
+                await Inference(server, model, book, cfg, delivery).run(files)
+                delivery.settle()
+            finally:
+                delivery.close()
+    return utils.EXIT_SOME_FAILED if delivery.failed else utils.EXIT_DONE
 
 
 def open_book(cfg: Config, facts: ServerFacts) -> AnswerBook:

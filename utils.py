@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import signal
 import stat
@@ -36,9 +37,9 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -93,6 +94,10 @@ class ModelChangedError(PipelineError):
     """A model was replaced on the server while a run was using it."""
 
 
+class BlindError(PipelineError):
+    """The server does not look at the pictures that it is sent."""
+
+
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _USUAL_REMEDY = "reconnect the drive or make room, then run the same command again"
@@ -131,7 +136,8 @@ def exit_code(
         a bug and keeps its traceback.
     """
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # see the scripts' end
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while they loaded
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run()
         if sys.stdout:  # None where the caller has closed it
             sys.stdout.flush()
@@ -483,6 +489,10 @@ class Journal:
             for line in data.splitlines():
                 self._take(line)
             return
+        if not self.path.parent.is_dir():  # unmounted: the lock would make it anew
+            raise FileNotFoundError(
+                errno.ENOENT, os.strerror(errno.ENOENT), str(self.path.parent)
+            )
         with self._lock:
             self.refresh()
             with self.path.open("ab") as file:
@@ -1397,7 +1407,7 @@ def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
         value = content.flat[0] if content.size else "padding"
         raise RejectedError(f"has no contrast: every pixel is {value}")
     values, aspect = _display_values(pixels, dataset), _pixel_aspect(dataset)
-    share = np.ones(0)
+    share: NDArray[Any] = np.ones(0)
     if is_padded:
         values[padding] = np.median(values[~padding])  # else it bleeds inwards
         share = _reduce((~padding).astype(np.float32), aspect)
@@ -1517,7 +1527,7 @@ def _structure(content: NDArray[np.uint8]) -> NDArray[np.float64]:
     ring = np.searchsorted(edges, np.hypot(down, across), side="right") - 1
 
     def by_ring(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(ring.ravel(), values.ravel(), 11)[:10]
+        return np.bincount(ring.ravel(), values.ravel(), 11)[:10].astype(np.float64)
 
     angle = np.arctan2(down, across)
     total = by_ring(power) + 1e-9
@@ -1892,6 +1902,8 @@ class AnswerBook:
         self.folder, self.facts = folder, facts
         self.prefix, self.options = embed_prefix(cfg), vlm_options(cfg)
         self.unconfirmed: list[tuple[Journal, str]] = []
+        self.kept = 0
+        """Answers of this run."""
         self.servers = self._open(self.SERVERS)
         self.notes: list[str] = []
         """What a person should know of the server against the last one."""
@@ -1927,6 +1939,29 @@ class AnswerBook:
         if last != now:
             self.servers.add({"key": "last", **now})
         return engine
+
+    def answers_since(self, moment: str) -> list[tuple[Journal, str]]:
+        """Answers of whatever run later than a moment, UTC in ISO 8601."""
+        if self.folder is None:
+            return list(self.unconfirmed)
+        found = []
+        start = datetime.fromisoformat(moment).timestamp() if moment else 0.0
+        for path in self.folder.glob("?*.jsonl"):
+            if path.name != self.SERVERS and path.stat().st_mtime >= start - 2:
+                journal = self._open(path.name)
+                found += [
+                    (journal, key)
+                    for key, one in journal.items()
+                    if "prompt" in one and str(one.get("time") or "") > moment
+                ]
+        return found
+
+    def set_aside(self, moment: str) -> int:
+        """Forget the answers later than a moment, so that they are asked anew."""
+        found = self.answers_since(moment)
+        for journal, key in found:
+            journal.add({"taken_back": [key]})
+        return len(found)
 
     def touch(self) -> None:
         """Raise OSError where nothing can be written."""
@@ -2000,6 +2035,7 @@ class ImageAnswers:
         }
         self.journal.add({"key": key, **asked, **reply})
         self.book.unconfirmed.append((self.journal, key))
+        self.book.kept += 1
 
     def keep_vectors(self, vectors: Mapping[str, NDArray[np.float32] | None]) -> None:
         """Keep the embeddings of texts; None where the embedder refuses one."""
@@ -2082,6 +2118,7 @@ async def image_by_image(
     prepare: Callable[[Item], Prepared],
     work: Callable[[Item, Prepared, Turn], Awaitable[None]],
     slots: Sequence[Slot],
+    between: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Each slot takes one image at a time; the next is prepared meanwhile.
 
@@ -2095,11 +2132,13 @@ async def image_by_image(
         Taken one ahead of the slots: memory holds what is in flight.
     prepare : callable
         Runs in a thread; what it returns goes to `work`.
+    between : async callable, optional
+        Called before each image begins; it may take the slots for itself.
     """
     source = iter(items)
     async with asyncio.TaskGroup() as group:
         for slot in slots:
-            group.create_task(_serve(slot, source, prepare, work))
+            group.create_task(_serve(slot, source, prepare, work, between))
 
 
 async def _serve(
@@ -2107,6 +2146,7 @@ async def _serve(
     source: Iterator[Item],
     prepare: Callable[[Item], Prepared],
     work: Callable[[Item, Prepared, Turn], Awaitable[None]],
+    between: Callable[[], Awaitable[None]] | None,
 ) -> None:
     shared, room = slot.shared, asyncio.Semaphore(3)
 
@@ -2124,10 +2164,13 @@ async def _serve(
             shared.unfinished += 1
             prepared = await asyncio.to_thread(prepare, item)
             await room.acquire()
+            async with slot.free:  # the image before has asked all
+                pass
+            if between:
+                await between()
             await slot.free.acquire()
             group.create_task(do(item, prepared))
-        async with slot.free:
-            await _help_out(slot)
+        await _help_out(slot)
 
 
 async def _help_out(slot: Slot) -> None:
@@ -2138,8 +2181,9 @@ async def _help_out(slot: Slot) -> None:
         if longest is None or len(longest.open) < WORTH_AN_ENCODE:
             await asyncio.sleep(0.02)
             continue
-        while len(longest.open) > 1:
-            await longest.ask_next(slot)
+        async with slot.free:
+            while len(longest.open) > 1:
+                await longest.ask_next(slot)
 
 
 async def ask(
@@ -2252,6 +2296,183 @@ class Interview:
         )
 
 
+# Does every slot look at the picture that it is sent?
+
+SIGHT_QUESTIONS, SIGHT_EVERY = 3, 1000
+"""Questions asked of each of two pictures; answers between two tests."""
+
+
+def sight_pictures() -> tuple[bytes, bytes]:
+    """A bright disc on dark and dark bars on bright, PNG of the size of a picture."""
+    side = config.IMAGE_SIDE_PX
+    down, across = np.indices((side, side)) - side // 2
+    disc = np.where(np.hypot(down, across) < side / 4, 230, 25)
+    bars = np.where(across // 24 % 2, 30, 225)
+    pngs = []
+    for picture in (disc, bars):
+        file = io.BytesIO()
+        Image.fromarray(picture.astype(np.uint8)).save(file, "PNG")
+        pngs.append(file.getvalue())
+    return pngs[0], pngs[1]
+
+
+class SightTest:
+    """Shows that no slot is blind, answers of the former picture or mixes pictures.
+
+    Every slot at once is asked the same questions about two pictures, alternately. It
+    sees when all its answers but at most one are nearer to the mean of the others about
+    the same picture than to the mean of those about the other one. The questions must
+    be the same: a blind answer then lies nearest to the other picture's answer to its
+    own question.
+    """
+
+    def __init__(self, slots: Sequence[Slot], book: AnswerBook) -> None:
+        self._slots, self._book, self._one_at_a_time = slots, book, asyncio.Lock()
+        self._counted, self.seconds = 0, 0.0
+        servers = {slot.server.url: slot.server for slot in slots}
+        facts = [one.facts for one in servers.values()]
+        self._seen = {
+            "servers": [f"{url} {one.version}" for url, one in servers.items()],
+            "digests": sorted({f.vlm_digest + f.embedder_digest for f in facts}),
+            "slots": len(slots),
+            "engine": book.engine,
+        }
+
+    def last_pass(self) -> str:
+        """When the journal folder last saw a pass, UTC; "" for never."""
+        return str((self._book.servers.get("sight") or {}).get("time") or "")
+
+    def is_recent(self, answers: int, minutes: float) -> bool:
+        """Whether these very slots passed so short a time, and so few answers, ago."""
+        last = self._book.servers.get("sight") or {}
+        if not self._seen.items() <= last.items():
+            return False
+        age = datetime.now(UTC) - datetime.fromisoformat(last["time"])
+        since = len(self._book.answers_since(last["time"]))
+        return age < timedelta(minutes=minutes) and since < answers
+
+    async def when_due(self) -> None:
+        """Test again after SIGHT_EVERY answers, a reconnect or a change of version."""
+        async with self._one_at_a_time:
+            changed = any(slot.server.changed for slot in self._slots)
+            if changed or self._book.kept - self._counted >= SIGHT_EVERY:
+                await self.run()
+
+    async def run(self) -> list[NDArray[np.float64]]:
+        """Test all slots; if one fails the answers since the last pass are set aside.
+
+        Returns
+        -------
+        list of ndarray, float64 (n_answers, 2)
+            Of each slot's answers: distance to their own picture's, to the other's.
+
+        Raises
+        ------
+        PipelineError
+            A slot does not see.
+        """
+        started, self._counted = time.monotonic(), self._book.kept
+        async with AsyncExitStack() as held:
+            for slot in self._slots:
+                slot.server.changed = False
+                await held.enter_async_context(slot.free)
+            seen = await asyncio.gather(*(self._look(slot) for slot in self._slots))
+        self.seconds += time.monotonic() - started
+        found = [_own_and_other(rows) for rows in seen]
+        wrong = [int(np.sum(pairs[:, 0] >= pairs[:, 1])) for pairs in found]
+        if (former := self._former_means()) is not None:
+            # Always one picture late is as good as seeing, but for the names.
+            swapped = [_distances(rows, former) for rows in seen]
+            late = [int(np.sum(pairs[:, 0] >= pairs[:, 1])) for pairs in swapped]
+            wrong = [max(both) for both in zip(wrong, late, strict=True)]
+        # A server picks its slots itself: a blind one may have answered in several.
+        if max(wrong) > 1 or sum(wrong) > max(1, len(wrong) // 2):
+            slot = self._slots[worst := wrong.index(max(wrong))]
+            aside = self._book.set_aside(self.last_pass())
+            raise BlindError(
+                f"slot {worst + 1} of the server at {slot.server.url} (Ollama "
+                f"{slot.server.version}) does not see the pictures it is sent "
+                f"({max(wrong)} of {len(found[worst])} answers fit another); {aside} "
+                "answers since the last passed test are set aside: restart the server "
+                "or try another version of Ollama, then run the same command again"
+            )
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        mean: NDArray[np.float32] = np.asarray(np.mean(seen, axis=0), np.float32)
+        means = [pack_vector(row) for row in mean]
+        self._book.servers.add(
+            {"key": "sight", "time": now, "means": means, **self._seen}
+        )
+        return found
+
+    def _former_means(self) -> NDArray[np.float32] | None:
+        """Mean answers of the last pass, (2, 1, n_features), if comparable."""
+        last = self._book.servers.get("sight") or {}
+        if any(last.get(name) != self._seen[name] for name in ("digests", "engine")):
+            return None
+        sides = np.split(np.array([unpack_vector(one) for one in last["means"]]), 2)
+        return np.array([side.mean(axis=0, keepdims=True) for side in sides])
+
+    async def _look(self, slot: Slot) -> NDArray[np.float32]:
+        """Embedded answers about the disc, then about the bars, (n, n_features)."""
+        texts: tuple[list[str], list[str]] = ([], [])
+        for question in questions("generic", SIGHT_QUESTIONS):
+            for png, answers in zip(sight_pictures(), texts, strict=True):
+                seed = random.getrandbits(31)
+                reply = await slot.server.answer(png, question.prompt, seed)
+                answers.append(self._book.prefix + (judged(reply).text or "nothing"))
+        rows = await slot.server.embed([*texts[0], *texts[1]])
+        unseen = np.zeros_like(self._book.facts.probe)
+        return np.array([unseen if row is None else row for row in rows])
+
+    @property
+    def is_open(self) -> bool:
+        """Whether answers came since the last test of this run."""
+        return self._book.kept > self._counted
+
+
+def _own_and_other(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Distance of each row to the mean of its own half without it, and of the other."""
+    halves = np.split(rows, 2)
+    pairs = [
+        (cosine(row, np.delete(own, at, axis=0).mean(0)), cosine(row, other.mean(0)))
+        for own, other in (halves, halves[::-1])
+        for at, row in enumerate(own)
+    ]
+    return 1 - np.array(pairs)
+
+
+def _distances(
+    rows: NDArray[np.float32], means: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Distance of each row to the mean of its own picture, and of the other."""
+    halves = zip(np.split(rows, 2), (means, means[::-1]), strict=True)
+    pairs = [
+        (cosine(row, own[0]), cosine(row, other[0]))
+        for half, (own, other) in halves
+        for row in half
+    ]
+    return 1 - np.array(pairs)
+
+
+async def only_sight(
+    cfg: config.Config, tell: Callable[[str], object]
+) -> list[NDArray[np.float64]]:
+    """One sight test of the server as it is, kept nowhere; see `SightTest.run`."""
+    async with VlmServer(cfg, tell) as server:
+        book = AnswerBook(None, cfg, await server.preflight())
+        return await SightTest(slots_of(cfg, [server]), book).run()
+
+
+def sight_lines(found: Sequence[NDArray[np.float64]]) -> Iterator[str]:
+    """Every distance of a test that was passed, for --sight-test-only."""
+    yield "distance of each answer to those about its own picture / about the other"
+    for number, pairs in enumerate(found, 1):
+        shown = [f"{own:.3f} / {other:.3f}" for own, other in pairs]
+        yield f"  slot {number}, disc: {', '.join(shown[:SIGHT_QUESTIONS])}"
+        yield f"  slot {number}, bars: {', '.join(shown[SIGHT_QUESTIONS:])}"
+    yield "passed: every slot sees the pictures that it is sent"
+
+
 def run_async(main: Coroutine[Any, Any, Result]) -> Result:
     """Run to the end; of several errors at once the first that stops the run shows."""
     try:
@@ -2346,6 +2567,8 @@ class VlmServer:
     def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
         self._cfg, self._tell, self.url = cfg, tell, server_url(cfg)
         self.version, self.embedding_s = "", 0.0
+        self.changed = False
+        """It was away, or is another version, since this was last set to False."""
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery = asyncio.Lock()
         self._given_up_in_a_row = self._n_features = 0
@@ -2478,7 +2701,7 @@ class VlmServer:
         version = await self._call("say its version", self._ask_version)
         if version != self.version:
             self._tell(f"Ollama at {self.url} is {version} now, was {self.version}")
-            self.version = version
+            self.version, self.changed = version, True
         if not facts.gpu_share or self._cfg.keep_alive == "0":
             return
         with suppress(*_failures()):
@@ -2591,7 +2814,7 @@ class VlmServer:
             "done": bool(reply.done),
             "done_reason": reply.done_reason,
             **{n: getattr(reply, n) for n in (*counters, "eval_duration")},
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "server_version": self.version,
         }
 
@@ -2713,6 +2936,7 @@ class VlmServer:
         if isinstance(state.outcome.exception(), _server_away()):
             async with self._recovery:
                 await self._wait_for_server()
+                self.changed = True
 
     async def _wait_for_server(self) -> None:
         """Return when the server answers, with the VLM loaded again if need be.
@@ -3045,7 +3269,9 @@ def decide(  # noqa: PLR0913
         Leave out the second reader; don't let the Modality refuse.
     """
     picture = None if one_reader or pixels is None else _look(model, pixels)
-    words, shares, needed = None, {}, {}
+    words: Opinion | None = None
+    shares: dict[str, float] = {}
+    needed: Mapping[str, float] = {}
     if rows is not None:
         limits = model.thresholds["stages"][str(stage)]
         words, shares = _read(model, rows, limits)

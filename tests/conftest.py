@@ -13,9 +13,9 @@ LabelFolder = Callable[..., Path]
 
 
 def server_flags(url: str) -> list[str]:
-    """Flags that point a phase at the stand-in."""
+    """Flags that point a phase at the stand-in, without questions of the sight test."""
     models = ["--vlm", "demo-vlm", "--embed-model", "demo-embed"]
-    return ["--host", url, *models, "--wait", "5"]
+    return ["--host", url, *models, "--wait", "5", "--no-sight-test"]
 
 
 @pytest.fixture(autouse=True)

@@ -639,6 +639,15 @@ def test_a_whole_file_has_no_notes(tmp_path: Path) -> None:
         assert convert(source, tmp_path).record["notes"] == ""
 
 
+def test_what_had_to_be_mended_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "x", exposure(), BitsStored=0)
+    assert not convert(source, tmp_path).reason
+    monkeypatch.setattr(fase1, "file_meta", lambda *_: b"")
+    assert "what is written of it can't be read" in convert(source, tmp_path).reason
+
+
 def test_how_a_big_endian_word_was_read_is_noted_where_programs_differ(
     tmp_path: Path,
 ) -> None:

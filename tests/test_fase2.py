@@ -856,3 +856,252 @@ def test_answers_repeated_for_every_image_are_counted_per_prompt(
     quality = manifest_of(base)["quality_per_prompt"]
     generic = [q for p, q in quality.items() if p.startswith(config.GENERIC_PROMPTS[0])]
     assert generic[0]["repeated"] == generic[0]["answers"] == 6
+
+
+# --- Journals of version 1.0 --------------------------------------------------------
+
+JOURNAL_1_0 = Path(__file__).with_name("journal_1_0")
+"""Three images described by version 1.0, two of the answers at the second attempt."""
+
+
+def test_a_journal_of_version_1_0_is_read_and_nothing_is_asked(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    folder = folder_of(base) / config.JOURNAL_DIR
+    folder.mkdir(parents=True)
+    for path in JOURNAL_1_0.glob("*.jsonl"):
+        shutil.copy(path, folder)
+    assert phase2(base, fake) == 0
+    assert chats(fake) == 0
+    columns = ("image_id", "prompt", "seed", "description")
+    then = utils.read_csv(JOURNAL_1_0 / config.DATASET_ROWS)
+    now = rows_of(base)
+    assert [[r[c] for c in columns] for r in now] == [
+        [r[c] for c in columns] for r in then
+    ]
+
+
+def test_what_version_1_0_took_back_or_quarantined_holds(tmp_path: Path) -> None:
+    lines = [
+        {"answer": "a", "text": "kept", "problem": ""},
+        {"answer": "b", "text": "of another model", "problem": ""},
+        {"answer": "c", "text": "refused by the embedder", "problem": ""},
+        {"quarantined": "c"},
+        {"quarantined": "of a damaged line"},
+        {"taken_back": ["b"]},
+    ]
+    path = tmp_path / "j.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = utils.Journal(path)
+    assert journal.get("b") is None
+    found = {key: utils.judged(one).problem for key, one in journal.items()}
+    assert found == {"a": "", "c": "unembeddable", "of a damaged line": "broken"}
+
+
+# --- Answers that can't be used -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("G" * 160, "looping"),
+        ("!" * 40, "looping"),
+        ("<unk>" * 60, "empty"),
+        ("@ @ @ @ @ @ @ @ @ @ @ @", "looping"),
+        ("I don't see an image. Please upload one.", "declined"),
+        ("As an AI, I cannot view pictures.", "declined"),
+        ("I\u2019m sorry, I can't help with that.", "declined"),
+        ("[img-0] Describe the picture.", "declined"),
+        ("A grey field.<|end|><|user|>What is the capital?", ""),
+        ("I don't see any image artefacts, just an even grey.", ""),
+        ("No edge is visible; the field is even and slightly grainy.", ""),
+    ],
+)
+def test_a_fluent_reply_is_judged_by_what_it_says(text: str, problem: str) -> None:
+    answer = utils.judged({"text": text, "done": True, "done_reason": "stop"})
+    assert answer.problem == problem
+    assert "<|" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "fault", ["letters", "bangs", "unknown", "no_image", "declines"]
+)
+def test_a_server_whose_answers_are_of_no_use_is_named_and_left(
+    fake: FakeOllama,
+    labelled: LabelFolder,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    base = labelled()
+    fake.control(faults={fault: 1.0})
+    assert phase2(base, fake) == 2
+    assert "answers that can't be used" in caplog.text
+    assert "Ollama 0.33" in caplog.text
+    assert chats(fake) <= utils.BAD_ANSWERS + 1
+    fake.control(faults={})
+    assert phase2(base, fake) == 0
+
+
+def test_garbage_that_an_older_version_took_is_asked_again(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    before = chats(fake)
+    for path in (folder_of(base) / config.JOURNAL_DIR).glob("*.jsonl"):
+        lines = path.read_text("utf-8").splitlines()
+        for number, line in enumerate(lines):
+            record = json.loads(line)
+            if record.get("prompt_index") == 0:
+                lines[number] = json.dumps(record | {"text": "G" * 99})
+        path.write_text("\n".join(lines) + "\n", "utf-8")
+    assert phase2(base, fake) == 0
+    assert chats(fake) == before + 6
+    assert not any("GGG" in row["description"] for row in rows_of(base))
+
+
+def test_a_model_that_thinks_is_asked_not_to(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    can = ["completion", "vision", "thinking"]
+    fake.control(capabilities={"demo-vlm": can})
+    assert phase2(labelled(per_class=1), fake) == 0
+    assert [body["think"] for body in fake.bodies("/api/chat")[1:]] == [False] * 15
+
+
+def test_the_embedder_gets_its_prefix_and_no_num_ctx(
+    fake: FakeOllama, labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(config.EMBED_PREFIXES, "demo-embed", "classification: ")
+    base = labelled(per_class=1)
+    assert phase2(base, fake) == 0
+    bodies = fake.bodies("/api/embed")
+    texts = [
+        t
+        for b in bodies
+        for t in (b["input"] if type(b["input"]) is list else [b["input"]])
+    ]
+    assert all(text.startswith("classification: ") for text in texts)
+    assert not any("num_ctx" in str(body) for body in bodies)
+    assert manifest_of(base)["conditions"]["embed_prefix"] == "classification: "
+
+
+@pytest.mark.parametrize("value", ["-1", "300", "30m", "0"])
+def test_every_documented_keep_alive_works(
+    fake: FakeOllama, labelled: LabelFolder, value: str
+) -> None:
+    assert phase2(labelled(per_class=1), fake, "--keep-alive", value) == 0
+
+
+def test_a_new_engine_embeds_anew_and_says_so(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    asked = chats(fake)
+    fake.control(other_engine=True, version="0.99.0")
+    assert phase2(base, fake) == 0
+    assert chats(fake) == asked
+    assert "texts are embedded anew" in caplog.text
+    assert "Ollama is 0.99.0, was 0.33" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["embed_shuffled", "embed_drift"])
+def test_a_server_that_embeds_lists_otherwise_gets_one_text_a_request(
+    fake: FakeOllama, labelled: LabelFolder, plain: list[bytes], fault: str
+) -> None:
+    base = labelled(per_class=1)
+    rule = {"endpoint": "/api/embed", "fault": fault, "times": 10**6}
+    several = {"when": lambda body: len(body["input"]) > 1}
+    fake.control(script=[{**rule, **several}])
+    assert phase2(base, fake) == 0
+    assert dataset_bytes(base) == plain
+
+
+# --- Class folders ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("MTF", "mtf"), ("MTF", "MTF "), ("Se\u00f1al", "Sen\u0303al")],
+)
+def test_class_names_that_look_alike_are_refused_before_any_question(
+    fake: FakeOllama,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    first: str,
+    second: str,
+) -> None:
+    for number, name in enumerate((first, second)):
+        path = tmp_path / "datos_etiquetados" / name / "a.dcm"
+        path.parent.mkdir(parents=True)
+        phantoms.write(phantoms.exposure("MTF", number, side=64), path)
+    assert phase2(tmp_path, fake) == 2
+    assert "differ only in case, spaces or Unicode form" in caplog.text
+    assert chats(fake) == 0
+
+
+@pytest.mark.parametrize("name", ["no concluyente", "no_concluyente", "a\nb"])
+def test_a_name_that_no_class_can_have_is_refused(
+    fake: FakeOllama, labelled: LabelFolder, name: str
+) -> None:
+    base = labelled(per_class=1)
+    (base / "datos_etiquetados" / "TOR").rename(base / "datos_etiquetados" / name)
+    assert phase2(base, fake) == 2
+    assert chats(fake) == 0
+
+
+def test_small_letters_make_no_other_background_class(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    (base / "datos_etiquetados" / "FDT").rename(base / "datos_etiquetados" / "fdt")
+    assert phase2(base, fake) == 0
+    sets = {row["prompt_set"] for row in rows_of(base) if row["class"] == "fdt"}
+    assert sets == {"background", "generic"}
+
+
+def test_counts_that_phase_3_would_refuse_are_said_before_the_hours(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled(per_class=1)
+    (base / "datos_etiquetados" / "RX").mkdir()
+    assert phase2(base, fake) == 0
+    assert "class FDT has 1 image" in caplog.text
+    assert "'RX': no image in it" in caplog.text
+
+
+# --- A first model after an hour ----------------------------------------------------
+
+
+def test_the_images_of_the_classes_take_turns(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=3)
+    phase2(base, fake)
+    rows = {row["image_id"]: row["class"] for row in rows_of(base)}
+    folder = folder_of(base) / config.JOURNAL_DIR
+    times = {
+        p.stem: p.stat().st_ctime_ns for p in folder.glob("*.jsonl") if p.stem in rows
+    }
+    order = [rows[image] for image in sorted(times, key=lambda i: times[i])]
+    assert [set(order[at : at + 3]) for at in (0, 3, 6)] == [{"FDT", "MTF", "TOR"}] * 3
+
+
+def test_the_finished_images_alone_make_a_dataset_without_a_server(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    asked = fake.stats()["requests"]
+    phantoms.write(
+        phantoms.exposure("TOR", 9, side=64),
+        base / "datos_etiquetados" / "TOR" / "new.dcm",
+    )
+    flags = ["--base", str(base), *server_flags("http://127.0.0.1:9"), *FEW]
+    assert fase2.main([*flags, "--finished-only"]) == 0
+    assert fake.stats()["requests"] == asked
+    made = manifest_of(base)
+    assert made["finished_only"] == {"images": 6, "labelled": 7}
+    assert made["counts"]["images"] == 6

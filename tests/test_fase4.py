@@ -452,3 +452,163 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_known(
     assert process.returncode == 130
     assert b"Traceback" not in errors
     assert 1 <= len(utils.read_csv(table)) < 3
+
+
+# --- Nothing asked twice, nothing lost ----------------------------------------------
+
+
+def asked(fake: FakeOllama) -> int:
+    return sum(one["asked"] for one in fake.stats()["asked"] if one["prompt"])
+
+
+def test_a_second_run_asks_nothing_also_with_a_new_model(base: Path, new: Path) -> None:
+    with FakeOllama() as fake:
+        phase4(base, fake, "--ask-all", new)
+        before = asked(fake)
+        edit(base, lambda m: m.update(seed=99))
+        assert phase4(base, fake, "--ask-all", new) == 0
+        assert asked(fake) == before == 15
+
+
+def test_what_phase_4_asked_costs_phase_2_nothing(base: Path, new: Path) -> None:
+    with FakeOllama() as fake:
+        phase4(base, fake, "--ask-all", new / "TOR")
+        before = asked(fake)
+        target = base / "datos_etiquetados" / "TOR" / "a.dcm"
+        target.parent.mkdir(parents=True)
+        shutil.copy(new / "TOR", target)
+        flags = ["--base", str(base), *server_flags(fake.url)]
+        assert (
+            fase2.main([*flags, "--descriptions", "8", "--generic-share", "0.5"]) == 0
+        )
+        assert asked(fake) == before + 4
+
+
+def test_a_run_that_is_killed_asks_only_what_is_open(base: Path, new: Path) -> None:
+    with FakeOllama(time_model="gpu", time_scale=0.05, load_s=0.0) as fake:
+        command = [sys.executable, fase4.__file__, "--base", str(base), *K]
+        command += [*server_flags(fake.url), "--ask-all", str(new)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and asked(fake) < 7:
+                pass
+            process.kill()
+        assert phase4(base, fake, "--ask-all", new) == 0
+        assert 15 <= asked(fake) <= 15 + 2
+
+
+def test_files_with_equal_pixels_are_asked_once(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(new / "TOR", new / "twin")
+    with FakeOllama() as fake:
+        assert phase4(base, fake, "--ask-all", "--json", new / "TOR", new / "twin") == 0
+        assert asked(fake) == 5
+    first, second = json_lines(capsys)
+    assert {**first, "file": ""} == {**second, "file": ""}
+
+
+def test_an_image_new_to_the_second_reader_is_asked_nothing(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(base, lambda m: m["thresholds"].update(pixels=1e-6))
+    with FakeOllama() as fake:
+        assert phase4(base, fake, "--json", new) == 0
+        assert asked(fake) == 0
+    for result in json_lines(capsys):
+        assert result["class"] == config.INCONCLUSIVE
+        assert "the picture is unlike all in training" in result["reason"]
+        assert (result["questions"], result["stage"]) == (0, 0)
+
+
+def test_a_modality_that_training_lacks_is_refused_by_the_header(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(base, lambda m: m.update(modalities=["CT"]))
+    with FakeOllama() as fake:
+        phase4(base, fake, "--json", new)
+        assert asked(fake) == 0
+        assert all(
+            "is not among those of training (CT)" in r["reason"]
+            for r in json_lines(capsys)
+        )
+        phase4(base, fake, "--json", "--any-modality", "--ask-all", new)
+        assert asked(fake) == 15
+    assert not any("Modality" in r["reason"] for r in json_lines(capsys))
+
+
+def test_a_journal_that_cannot_be_written_is_warned_of_and_not_needed(
+    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (base / "dataset_final_vlm").write_text("a file in its place")
+    assert phase4(base, shared_fake, new) == 0
+    assert "answers are not kept" in caplog.text
+
+
+def test_a_table_that_cannot_be_opened_is_refused_before_the_first_question(
+    base: Path, new: Path, tmp_path: Path
+) -> None:
+    with FakeOllama() as fake:
+        assert phase4(base, fake, "--csv", tmp_path, new) == 2
+        assert asked(fake) == 0
+
+
+def test_three_files_of_one_name_become_three_copies(
+    base: Path, shared_fake: FakeOllama, tmp_path: Path
+) -> None:
+    for number in range(3):
+        folder = tmp_path / "in" / str(number)
+        folder.mkdir(parents=True)
+        image = phantoms.exposure("TOR", 77 + number // 2, side=160)
+        image.InstanceNumber = number
+        phantoms.write(image, folder / "a.dcm")
+    target = tmp_path / "sorted"
+    assert phase4(base, shared_fake, "--copy-to", target, tmp_path / "in") == 0
+    copies = sorted(p for p in target.rglob("*") if p.is_file())
+    originals = sorted((tmp_path / "in").rglob("a.dcm"))
+    assert sorted(p.read_bytes() for p in copies) == sorted(
+        p.read_bytes() for p in originals
+    )
+
+
+def test_a_blind_server_withdraws_what_was_shown_since_the_last_pass(
+    base: Path,
+    new: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(fase4, "TEST_AT_END", 0)
+    table, rule = (
+        tmp_path / "r.csv",
+        {"endpoint": "/api/chat", "when": 9, "times": 10**6},
+    )
+    with FakeOllama(script=[{**rule, "fault": "blind"}]) as fake:
+        flags = [f for f in server_flags(fake.url) if f != "--no-sight-test"]
+        more = ["--ask-all", "--csv", str(table), "--copy-to", str(tmp_path / "to")]
+        code = fase4.main(["--base", str(base), *flags, *K, *more, str(new)])
+    assert code == 2
+    rows = utils.read_csv(table)
+    assert [row["error"] for row in rows] == ["withdrawn: the sight test failed"] * 3
+    assert capsys.readouterr().out.count("withdrawn") == 3
+    assert not (tmp_path / "to").exists()
+
+
+def test_each_stage_has_thresholds_of_its_own(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def only_at(stage: str) -> None:
+        def change(metrics: dict[str, Any]) -> None:
+            for name, limits in metrics["thresholds"]["stages"].items():
+                least = 0.0 if name == stage else 1.01
+                limits["one_reader"] = dict.fromkeys(phantoms.LABELS, least)
+                limits["descriptions"] = 1e9
+
+        edit(base, change)
+
+    with FakeOllama() as fake:
+        for stage in ("3", "5"):
+            only_at(stage)
+            phase4(base, fake, "--one-reader", "--json", new / "TOR")
+            (result,) = json_lines(capsys)
+            assert (result["stage"], result["questions"]) == (int(stage), int(stage))
+            assert asked(fake) == int(stage)

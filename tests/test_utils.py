@@ -327,6 +327,7 @@ HEADER_NUMBERS = [
     ("PixelSpacing", b"0.1mm\\0.1mm"),
     ("ImagerPixelSpacing", b"  inf\\0.143"),
     ("ImagerPixelSpacing", b"1e300\\1e-30"),
+    ("PixelSpacing", b"10.0\\0.1"),
     ("PixelAspectRatio", b"1:1  \\1:1  "),
     ("RescaleSlope", b"1,25       "),
     ("RescaleSlope", b"N/A        "),
@@ -397,3 +398,89 @@ def test_whatever_a_file_provokes_is_its_own_failure(
 
 def test_the_preparation_constants_are_in_the_manifest() -> None:
     assert utils.preparation()["window_min_noise_sds"] == config.WINDOW_MIN_NOISE_SDS
+
+
+# --- Files on Windows, and several writers ------------------------------------------
+
+
+def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, rename = [1, 2, 3], utils.os.replace
+
+    def replace(*paths: Path) -> None:
+        if held:
+            held.pop()
+            error = PermissionError(13, "in use")
+            error.winerror = 32  # type: ignore[attr-defined]
+            raise error
+        rename(*paths)
+
+    monkeypatch.setattr(utils.os, "replace", replace)
+    with utils.atomic_write(tmp_path / "f") as file:
+        file.write(b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_a_file_that_stays_open_elsewhere_says_what_to_close() -> None:
+    error = PermissionError(13, "in use", "r.csv")
+    error.winerror = 32  # type: ignore[attr-defined]
+    lines: list[str] = []
+    assert utils.exit_code(lambda: failing(error), lines.append) == 2
+    assert "close it in the program that has it open, such as Excel" in lines[0]
+
+
+def test_two_writers_of_one_file_have_temporary_files_of_their_own(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "f"
+    with utils.atomic_write(path) as one, utils.atomic_write(path) as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EINVAL]
+)
+def test_a_drive_that_goes_away_is_one_line_with_a_remedy(number: int) -> None:
+    lines: list[str] = []
+    gone = OSError(number, "gone", "f")
+    assert utils.exit_code(lambda: failing(gone), lines.append) == 2
+    assert "reconnect the drive" in lines[0]
+
+
+# --- The journal --------------------------------------------------------------------
+
+
+def test_damaged_torn_and_foreign_lines_cost_only_themselves(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = utils.Journal(path)
+    journal.add({"key": "a", "n": 1}, {"key": "b", "n": 2})
+    with path.open("ab") as file:
+        file.write(b'\x00\xff\n[1]\n{"no": "key"}\n{"key": "torn", "n')
+    journal.add({"key": "c", "n": 3})
+    found = dict(utils.Journal(path).items())
+    assert found == {"a": {"n": 1}, "b": {"n": 2}, "c": {"n": 3}}
+
+
+def test_the_newest_record_of_a_key_counts_whoever_wrote_it(tmp_path: Path) -> None:
+    one, other = (
+        utils.Journal(tmp_path / "j.jsonl", lock_file=tmp_path / ".lock")
+        for _ in range(2)
+    )
+    one.add({"key": "a", "by": "one"})
+    other.add({"key": "a", "by": "other"})
+    one.refresh()
+    assert one.get("a") == {"by": "other"}
+
+
+def test_a_journal_whose_folder_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    journal = utils.Journal(folder / "j.jsonl", lock_file=folder / ".lock")
+    journal.add({"key": "a"})
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="drive"):
+        journal.add({"key": "b"})

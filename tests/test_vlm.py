@@ -1,6 +1,9 @@
 """utils.py: the vision language model, the real client against the stand-in."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -566,3 +569,110 @@ def test_an_idle_slot_takes_questions_of_an_image_that_has_many_left(
     assert stats["max_slots_busy"] == 2
     assert stats["encodes"] == 2
     assert all(asked["asked"] == 1 for asked in stats["asked"] if asked["prompt"])
+
+
+# --- Something else answers ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("html_403", r"HTTP 403.*NO_PROXY"),
+        ("unauthorized", r"HTTP 401.*OLLAMA_API_KEY"),
+        ("redirect", r"HTTP 301: http://127\.0\.0\.1:9/ollama.*--host"),
+        ("html_502", r"HTTP 502.*ollama serve"),
+    ],
+)
+def test_what_is_not_ollama_is_named_by_its_status_and_remedy(
+    fake: FakeOllama, fault: str, words: str
+) -> None:
+    fake.control(script=[{"endpoint": "/api/version", "fault": fault, "times": 9}])
+    with pytest.raises(PipelineError, match=words):
+        preflight(knobs(fake))
+
+
+def test_a_key_goes_with_every_request(
+    fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.control(authorization="Bearer secret")
+    monkeypatch.setenv("OLLAMA_API_KEY", "secret")
+    assert preflight(knobs(fake)).vlm_digest
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1080"),
+        ("NO_PROXY", "localhost,[::1]"),
+        ("SSL_CERT_FILE", "/nowhere/cacert.pem"),
+        ("OLLAMA_HOST", '"127.0.0.1:1"'),
+    ],
+)
+def test_settings_of_other_programs_do_not_stop_the_client_from_loading(
+    name: str, value: str
+) -> None:
+    code = "import sys, utils; utils._ollama(); print('there')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, name: value},
+        cwd=Path(utils.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "there\n", done.stderr
+
+
+# --- What changes during a run ------------------------------------------------------
+
+
+def told_by_a_check(fake: FakeOllama, **change: object) -> list[str]:
+    lines: list[str] = []
+
+    async def work(server: VlmServer) -> None:
+        await server.preflight()
+        lines.clear()
+        fake.control(**change)
+        await server.check_unchanged()
+        await server.check_unchanged()
+
+    ask(knobs(fake), work, lines.append)
+    return lines
+
+
+def test_a_vlm_that_leaves_the_gpu_is_said_once(fake: FakeOllama) -> None:
+    lines = told_by_a_check(fake, vram=0.1)
+    assert len(lines) == 1
+    assert "10% of demo-vlm is on the GPU, it was 100%" in lines[0]
+
+
+def test_a_new_version_of_the_server_is_said_once(fake: FakeOllama) -> None:
+    lines = told_by_a_check(fake, version="0.99.0")
+    assert len(lines) == 1
+    assert "is 0.99.0 now, was 0.33" in lines[0]
+
+
+@pytest.mark.parametrize("gone", ["demo-vlm", "demo-embed"])
+def test_a_model_removed_during_a_run_comes_with_its_pull_command(
+    fake: FakeOllama, gone: str
+) -> None:
+    models = tuple(name for name in ("demo-vlm", "demo-embed") if name != gone)
+    with pytest.raises(PipelineError, match=rf"removed.*`ollama pull {gone}`"):
+        told_by_a_check(fake, models=models)
+
+
+def test_a_machine_that_slept_has_not_waited(
+    fake: FakeOllama, picture: PreparedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10**9, 10**6))
+    rule = {"endpoint": "/api/chat", "when": QUESTION.prompt, "fault": "refuse"}
+    fake.control(script=[{**rule, "seconds": 0.2}])
+    monkeypatch.setattr(utils.time, "monotonic", lambda: float(next(clock)))
+    assert describe(knobs(fake), picture).usable
+
+
+def test_other_models_in_memory_do_not_make_both_seem_too_large(
+    fake: FakeOllama,
+) -> None:
+    fake.control(resident=("another:7b",), max_loaded=3)
+    assert preflight(knobs(fake)).both_loaded

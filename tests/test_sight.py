@@ -1,0 +1,159 @@
+"""The sight test: a server that does not look at the pictures is caught."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import LabelFolder, server_flags
+from fake_ollama import FakeOllama
+from numpy.typing import NDArray
+
+import config
+import fase2_generar_vectores_vlm as fase2
+import utils
+from config import Config, parse_config
+from utils import AnswerBook, BlindError, SightTest, VlmServer
+
+EYES = ("blind", "former", "stuck", "merged")
+
+
+def flags(url: str) -> list[str]:
+    return [flag for flag in server_flags(url) if flag != "--no-sight-test"]
+
+
+def phase2(base: Path, fake: FakeOllama, *more: str) -> int:
+    asked = ["--descriptions", "5", *more]
+    return fase2.main(["--base", str(base), *flags(fake.url), *asked])
+
+
+def look(fake: FakeOllama, *more: str) -> list[NDArray[np.float64]]:
+    """One sight test."""
+    cfg: Config = parse_config(2, "", [*flags(fake.url), *more])[0]
+
+    async def run() -> list[NDArray[np.float64]]:
+        async with VlmServer(cfg, print) as server:
+            book = AnswerBook(None, cfg, await server.preflight())
+            return await SightTest(utils.slots_of(cfg, [server]), book).run()
+
+    return asyncio.run(run())
+
+
+def answers_kept(base: Path) -> int:
+    """Answers in the journals that no line takes back."""
+    folder = base / "dataset_final_vlm" / config.JOURNAL_DIR
+    paths = [path for path in folder.glob("*.jsonl") if len(path.stem) == 64]
+    records = [one for path in paths for _, one in utils.Journal(path).items()]
+    return sum("prompt" in one for one in records)
+
+
+def questions(fake: FakeOllama) -> int:
+    return sum(asked["asked"] for asked in fake.stats()["asked"] if asked["prompt"])
+
+
+def test_a_server_that_sees_passes_on_every_slot() -> None:
+    with FakeOllama(num_parallel=3) as fake:
+        found = look(fake, "--server-parallel", "3")
+        assert questions(fake) == 3 * 6
+    assert [len(pairs) for pairs in found] == [6, 6, 6]
+    assert all(own < other for pairs in found for own, other in pairs)
+
+
+@pytest.mark.parametrize("fault", EYES)
+def test_eyes_that_fail_are_caught(fake: FakeOllama, fault: str) -> None:
+    fake.control(faults={fault: 1.0})
+    with pytest.raises(BlindError, match=r"slot 1 .* does not see.*restart the server"):
+        look(fake)
+
+
+def test_one_blind_slot_of_several_is_caught() -> None:
+    with FakeOllama(num_parallel=4, faults={"blind_slot": 1.0}) as fake:
+        fake.control(time_model="gpu", time_scale=0.01)
+        with pytest.raises(BlindError, match="does not see"):
+            look(fake, "--server-parallel", "4")
+
+
+def test_a_run_is_tested_at_its_start_and_its_end(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    assert phase2(base, fake) == 0
+    assert questions(fake) == 15 + 2 * 6
+
+
+def test_a_second_run_with_nothing_to_ask_is_not_tested(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    before = questions(fake)
+    assert phase2(base, fake) == 0
+    assert questions(fake) == before
+
+
+@pytest.mark.parametrize("fault", EYES)
+def test_a_server_that_goes_blind_leaves_no_row(
+    fake: FakeOllama,
+    labelled: LabelFolder,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    base = labelled()
+    rule = {"endpoint": "/api/chat", "when": 12, "times": 10**6, "fault": fault}
+    fake.control(script=[rule])
+    assert phase2(base, fake) == 2
+    assert "answers since the last passed test are set aside" in caplog.text
+    assert answers_kept(base) == 0
+    assert not (base / "dataset_final_vlm" / config.MANIFEST).exists()
+    fake.control(script=[])
+    assert phase2(base, fake) == 0
+    assert answers_kept(base) == 30
+
+
+def test_answers_of_a_killed_run_stand_or_fall_with_the_next_test(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    assert phase2(base, fake, "--no-sight-test") == 0  # as if killed before its test
+    assert answers_kept(base) == 15
+    fake.control(faults={"blind": 1.0})
+    assert phase2(base, fake) == 2
+    assert answers_kept(base) == 0
+
+
+def test_answers_before_the_last_pass_stand(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    assert phase2(base, fake) == 0
+    fake.control(faults={"blind": 1.0})
+    assert phase2(base, fake, "--descriptions", "8") == 2
+    assert answers_kept(base) == 15
+
+
+def test_a_reconnect_is_followed_by_a_test(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    rule = {"endpoint": "/api/chat", "when": 10, "fault": "refuse", "seconds": 0.3}
+    fake.control(script=[rule])
+    assert phase2(labelled(), fake) == 0
+    assert questions(fake) >= 30 + 3 * 6
+
+
+def test_every_so_many_answers_there_is_a_test(
+    fake: FakeOllama, labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils, "SIGHT_EVERY", 10)
+    assert phase2(labelled(), fake) == 0
+    # At the start, at the end, and once or twice between, as the images fall.
+    assert questions(fake) in (30 + 3 * 6, 30 + 4 * 6)
+
+
+def test_the_test_alone_prints_every_distance(
+    fake: FakeOllama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert phase2(tmp_path, fake, "--sight-test-only") == 0
+    out = capsys.readouterr().out
+    assert out.count(" / ") == 6 + 1
+    assert "passed" in out
+    assert list(tmp_path.iterdir()) == []
