@@ -1367,7 +1367,8 @@ def threshold_warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
     if wrong["n"] and wrong["interval"][1] > metrics["max_error"]:
         yield (
             f"{wrong['value']:.1%} of the answers were wrong, and it may be up to "
-            f"{wrong['interval'][1]:.1%}: the thresholds aim at {metrics['max_error']:.0%} "
+            f"{wrong['interval'][1]:.1%}: the thresholds aim at "
+            f"{metrics['max_error']:.0%} "
             "and don't promise it"
         )
 
