@@ -227,6 +227,13 @@ def test_a_held_out_image_is_decided_as_phase_4_decides(
             )
             if not decision.reason:
                 break
+        for stage in model.stages:
+            shares = utils.decide(model, rows[:stage], None, stage=stage).confidences
+            factor = limits["stages"][str(stage)]["factor"]
+            scores = factor * judged[str(stage)][0, number]
+            assert list(shares.values()) == pytest.approx(
+                list(fase3.softmax(scores)), abs=1e-3
+            )
         expected = config.INCONCLUSIVE if label < 0 else classes[label]
         assert (decision.label, decision.stage) == (expected, asked)
         assert decision.reason.partition(";")[0] == reason.partition(")")[0]
