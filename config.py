@@ -186,63 +186,6 @@ Keys are names as Ollama has them, without registry, owner and tag; others get n
 PROBE_SENTENCE = "A radiograph of a uniform grey field without any object."
 """Embedded by phases 2 and 4: a changed embedding means another embedder."""
 
-# --- Decisions ----------------------------------------------------------------------
-
-NEIGHBOUR_COUNT = 10
-"""Novelty is the mean distance of a row to this many nearest training rows."""
-
-NEIGHBOUR_DIMENSIONS = 256
-"""Longer rows are kept as a random projection onto this many dimensions.
-
-Distances survive it within a few percent, 1,000 images take 10 MB instead of 120, and,
-unlike principal components, it keeps the directions in which strangers differ.
-"""
-
-KNOWN_REFUSED_SHARE = 0.05
-"""The novelty threshold refuses this share of the training images, each unseen."""
-
-ANSWERED_AT_LEAST = (5, 0.2)
-"""A confidence threshold must leave this many images, and this share, answered.
-
-Fewer right answers than that may be luck.
-"""
-
-NEVER = 1.01
-"""A confidence threshold that no image reaches: the model answers nothing."""
-
-# --- Training -----------------------------------------------------------------------
-
-POOL_SIZES = (2, 5, 10, 25, 50)
-"""Rows of one image and kind averaged into a training vector: the first that fits.
-
-In simulations of 60 images means of 2 were as good as single rows, and means of 5
-lost up to a point; with more images they lose nothing.
-"""
-
-TRAINING_VECTORS_MAX = 2000
-"""Pool more rows rather than train on more vectors than this: fits cost its square."""
-
-PROTOCOL_TABLE = (1, 10, 20)
-"""Numbers of generic descriptions for which the accuracy is shown."""
-
-SEARCH_SHORT = (
-    ("linear", 0.001, 1.0),
-    ("linear", 0.1, 1.0),
-    ("rbf", 1.0, 1.0),
-    ("rbf", 10.0, 1.0),
-)
-"""--search short: kernel, C and gamma (times 1/n_features), beside the default."""
-
-SEARCH_FULL = (
-    *SEARCH_SHORT,
-    ("linear", 0.0001, 1.0),
-    ("linear", 1.0, 1.0),
-    ("rbf", 1.0, 0.3),
-    ("rbf", 10.0, 0.3),
-    ("rbf", 10.0, 3.0),
-)
-"""--search full: these, each also on means of four times as many rows."""
-
 # --- Knobs --------------------------------------------------------------------------
 
 ALL_PHASES = (1, 2, 3, 4)
@@ -273,10 +216,7 @@ def _knob(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The knobs of all phases; each field is a flag of the phases that it names.
-
-    A comment line "# group" starts a group of `--help`: see GROUPS.
-    """
+    """The knobs of all phases; each field is a flag of the phases that it names."""
 
     base: Path = _knob(Path(), "folder that holds the data folders", *ALL_PHASES)
     input_dir: Path = _knob(Path("input_dicom"), "folder of the user's DICOM files", 1)
