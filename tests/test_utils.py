@@ -35,7 +35,7 @@ def failing(error: BaseException) -> int:
     [
         (PipelineError("x is missing: do y"), 2, "x is missing: do y"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "No space left", "f"), 2, "free some space"),
+        (OSError(errno.ENOSPC, "No space left", "f"), 2, "make room"),
         (PermissionError(errno.EACCES, "denied", "f"), 2, "permission"),
         (OSError(errno.EROFS, "Read-only", "f"), 2, "can be written"),
     ],
@@ -112,11 +112,18 @@ def test_csv_rows_come_back(
     assert utils.read_csv(path) == full
 
 
-def test_a_csv_takes_names_with_bytes_that_are_no_text(tmp_path: Path) -> None:
-    utils.write_csv(
-        tmp_path / "t.csv", ("a",), [{"a": b"\xff".decode("utf-8", "surrogateescape")}]
-    )
-    assert utils.read_csv(tmp_path / "t.csv") == [{"a": "\\udcff"}]
+def test_a_name_that_is_not_utf_8_comes_back_from_a_csv(tmp_path: Path) -> None:
+    name = b"\xff.dcm".decode("utf-8", "surrogateescape")
+    utils.write_csv(tmp_path / "t.csv", ("a",), [{"a": name}])
+    assert utils.read_csv(tmp_path / "t.csv") == [{"a": name}]
+
+
+def test_a_csv_begins_with_a_bom_and_is_read_with_and_without(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    utils.write_csv(path, ("a",), [{"a": "ñ"}])
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    path.write_bytes(path.read_bytes()[3:])
+    assert utils.read_csv(path) == [{"a": "ñ"}]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None])
