@@ -453,7 +453,8 @@ def _convert(task: Task, outcome: Outcome) -> None:
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
     outcome.record = record_of(dataset, pixels, uid, notes)
     outcome.name = output_name(outcome.record, outcome.identity)
-    outcome.thumbnail = utils.preview(pixels, dataset)
+    with suppress(Exception):  # what can't be shown is an image all the same
+        outcome.thumbnail = utils.preview(pixels, dataset)
 
 
 def kind_of(dataset: Dataset, about: Mapping[str, str]) -> str:
@@ -935,9 +936,9 @@ class State:
         tiles, pictures = list[utils.Tile](), dict[str, bytes]()
         for row in self._manifest():
             one = {key: str(value) for key, value in row.items()}
-            name, stamp, there = one["output"], one["timestamp"], None
-            with suppress(RejectedError, OSError):
-                there = self._labelled_as(name)
+            name, stamp = one["output"], one["timestamp"]
+            there = self._labelled_as(name)
+            with suppress(Exception):  # of an output that somebody has damaged
                 pictures[name] = self.thumbnail(name)
             day, time = "no date", ""
             if stamp != NO_DATE:

@@ -1429,9 +1429,7 @@ def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
         classes=names,
         sections=[
             *sections[not metrics["warnings"] :],
-            utils.Section(
-                "Images by the descriptions; a number shows them", (), matrix
-            ),
+            utils.Section("By the descriptions; a number shows its images", (), matrix),
             utils.Section("Figures", charts=charts(metrics)),
             utils.Section("Is the label right? The least probable ones stand first"),
         ],
@@ -1443,20 +1441,17 @@ def charts(metrics: Mapping[str, Any]) -> list[utils.Chart]:
     """Reliability, errors by share answered, accuracy by number of descriptions."""
     found, repeats = metrics["confidence"], metrics["splits"]["repeats"]
     sure = [(x, right, *wilson(right, n / repeats)) for x, right, n in found["bins"]]
-    errors = [
-        (share, error, error, error) for share, error in found["errors_by_answered"]
-    ]
+    errors = [(x, y, y, y) for x, y in found["errors_by_answered"]]
     top = next(y for y in (0.1, 0.2, 0.4, 1) if y >= max(e[1] for e in errors))
     counted = [
         (float(name.split()[1]), value["value"], *value["interval"])
         for name, value in metrics["comparison"].items()
         if name.startswith("descriptions: ")
     ]
-    most = max((at for at, *_ in counted), default=1.0)
     return [
         utils.Chart("Right, by confidence", "confidence", sure, diagonal=True),
         utils.Chart("Errors, by share answered", "share answered", errors, y_max=top),
-        utils.Chart("Accuracy, by descriptions", "descriptions", counted, x_max=most),
+        utils.Chart("Accuracy", "descriptions", counted, x_max=counted[-1][0]),
     ]
 
 

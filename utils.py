@@ -3422,16 +3422,17 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     """
     frame = frame_of(pixels, len(pixels.values) // 2)
     step = max(1, max(frame.shape[:2]) // 480)
-    few = frame[::step, ::step]
-    values, padding = _display_values(few, dataset), _padding(few, dataset)
+    frame = frame[::step, ::step]
+    values, padding = _display_values(frame, dataset), _padding(frame, dataset)
     height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small, share = (
-        np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX))
-        for one in (values, (~padding).astype(np.float32))
+    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
+    small, *share = (
+        np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BOX))
+        for part in parts
     )
-    return thumbnail(_window(small, share))
+    return thumbnail(_window(small, share[0] if share else np.ones(0)))
 
 
 def page(path: Path, sheet: Sheet) -> None:
@@ -3503,7 +3504,7 @@ h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
 #sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
 .warning, section:has(svg), main h2 { grid-column: 1 / -1 }
-.warning { background: var(--warn); padding: 0 14px 10px }
+.warning { background: var(--warn); padding: 0 14px 10px } section { overflow-x: auto }
 button, select, #find, #name { font: inherit; color: inherit; padding: 4px 9px;
   background: var(--card); border: 1px solid var(--line); border-radius: 6px }
 #classes button { border-left: 6px solid var(--c) } button, .mark { cursor: pointer }
