@@ -1,6 +1,7 @@
 """utils.py: errors, files and the image preparation."""
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -413,7 +414,7 @@ def test_the_preparation_constants_are_in_the_manifest() -> None:
 def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, rename = [1, 2, 3], utils.os.replace
+    held, rename = [1, 2, 3], os.replace
 
     def replace(*paths: Path) -> None:
         if held:
@@ -423,7 +424,7 @@ def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
             raise error
         rename(*paths)
 
-    monkeypatch.setattr(utils.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with utils.atomic_write(tmp_path / "f") as file:
         file.write(b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
@@ -506,7 +507,8 @@ def textured(shape: tuple[int, int] = (336, 336)) -> NDArray[np.uint8]:
 
 def statistics(view: NDArray[np.uint8]) -> NDArray[np.float32]:
     found = utils.picture_statistics(np.ascontiguousarray(view))
-    assert (found.shape, found.dtype) == ((40,), np.float32)
+    assert found.shape == (40,)
+    assert found.dtype == np.float32
     assert np.isfinite(found).all()
     return found
 
@@ -551,7 +553,8 @@ def test_an_odd_number_of_padding_lines_leaves_one() -> None:
 def bars_at(frequency: float, angle: float) -> NDArray[np.uint8]:
     down, across = np.indices((336, 336))
     along = across * np.cos(angle) + down * np.sin(angle)
-    return np.rint(120 + 80 * np.sin(2 * np.pi * frequency * along)).astype(np.uint8)
+    grey = np.rint(120 + 80 * np.sin(2 * np.pi * frequency * along))
+    return np.asarray(grey, np.uint8)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.4, 1.2])
