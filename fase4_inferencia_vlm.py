@@ -17,6 +17,11 @@ Every answer is kept in dataset_final_vlm/descripciones/, the journal of phase 2
 same images with a new model ask nothing.
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import asyncio
 import csv
 import json

@@ -1904,6 +1904,8 @@ class AnswerBook:
         self.unconfirmed: list[tuple[Journal, str]] = []
         self.kept = 0
         """Answers of this run."""
+        self.distrusted: PipelineError | None = None
+        """Why no further answer of this run is kept."""
         self.servers = self._open(self.SERVERS)
         self.notes: list[str] = []
         """What a person should know of the server against the last one."""
@@ -1982,7 +1984,8 @@ class AnswerBook:
         checked = len(self.unconfirmed)
         try:
             await server.check_unchanged()
-        except ModelChangedError:
+        except ModelChangedError as error:
+            self.distrusted = error
             for journal, key in self.unconfirmed:
                 journal.add({"taken_back": [key]})
             raise
@@ -2026,6 +2029,8 @@ class ImageAnswers:
 
     def keep(self, question: Question, attempt: int, reply: Mapping[str, Any]) -> None:
         """Keep what came back, usable or not."""
+        if self.book.distrusted:  # in flight when that was found out
+            raise self.book.distrusted
         key = self._key_of(question, attempt)
         asked = {
             "prompt_set": question.prompt_set,
@@ -2389,13 +2394,14 @@ class SightTest:
         if max(wrong) > 1 or sum(wrong) > max(1, len(wrong) // 2):
             slot = self._slots[worst := wrong.index(max(wrong))]
             aside = self._book.set_aside(self.last_pass())
-            raise BlindError(
+            self._book.distrusted = BlindError(
                 f"slot {worst + 1} of the server at {slot.server.url} (Ollama "
                 f"{slot.server.version}) does not see the pictures it is sent "
                 f"({max(wrong)} of {len(found[worst])} answers fit another); {aside} "
                 "answers since the last passed test are set aside: restart the server "
                 "or try another version of Ollama, then run the same command again"
             )
+            raise self._book.distrusted
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         mean: NDArray[np.float32] = np.asarray(np.mean(seen, axis=0), np.float32)
         means = [pack_vector(row) for row in mean]

@@ -1,6 +1,7 @@
 """utils.py: errors, files and the image preparation."""
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def failing(error: BaseException) -> int:
     [
         (PipelineError("x is missing: do y"), 2, "x is missing: do y"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "No space left", "f"), 2, "free some space"),
+        (OSError(errno.ENOSPC, "No space left", "f"), 2, "make room"),
         (PermissionError(errno.EACCES, "denied", "f"), 2, "permission"),
         (OSError(errno.EROFS, "Read-only", "f"), 2, "can be written"),
     ],
@@ -112,11 +113,18 @@ def test_csv_rows_come_back(
     assert utils.read_csv(path) == full
 
 
-def test_a_csv_takes_names_with_bytes_that_are_no_text(tmp_path: Path) -> None:
-    utils.write_csv(
-        tmp_path / "t.csv", ("a",), [{"a": b"\xff".decode("utf-8", "surrogateescape")}]
-    )
-    assert utils.read_csv(tmp_path / "t.csv") == [{"a": "\\udcff"}]
+def test_a_name_that_is_not_utf_8_comes_back_from_a_csv(tmp_path: Path) -> None:
+    name = b"\xff.dcm".decode("utf-8", "surrogateescape")
+    utils.write_csv(tmp_path / "t.csv", ("a",), [{"a": name}])
+    assert utils.read_csv(tmp_path / "t.csv") == [{"a": name}]
+
+
+def test_a_csv_begins_with_a_bom_and_is_read_with_and_without(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    utils.write_csv(path, ("a",), [{"a": "ñ"}])
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    path.write_bytes(path.read_bytes()[3:])
+    assert utils.read_csv(path) == [{"a": "ñ"}]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None])
@@ -406,7 +414,7 @@ def test_the_preparation_constants_are_in_the_manifest() -> None:
 def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, rename = [1, 2, 3], utils.os.replace
+    held, rename = [1, 2, 3], os.replace
 
     def replace(*paths: Path) -> None:
         if held:
@@ -416,7 +424,7 @@ def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
             raise error
         rename(*paths)
 
-    monkeypatch.setattr(utils.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with utils.atomic_write(tmp_path / "f") as file:
         file.write(b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
@@ -499,7 +507,8 @@ def textured(shape: tuple[int, int] = (336, 336)) -> NDArray[np.uint8]:
 
 def statistics(view: NDArray[np.uint8]) -> NDArray[np.float32]:
     found = utils.picture_statistics(np.ascontiguousarray(view))
-    assert (found.shape, found.dtype) == ((40,), np.float32)
+    assert found.shape == (40,)
+    assert found.dtype == np.float32
     assert np.isfinite(found).all()
     return found
 
@@ -544,7 +553,8 @@ def test_an_odd_number_of_padding_lines_leaves_one() -> None:
 def bars_at(frequency: float, angle: float) -> NDArray[np.uint8]:
     down, across = np.indices((336, 336))
     along = across * np.cos(angle) + down * np.sin(angle)
-    return np.rint(120 + 80 * np.sin(2 * np.pi * frequency * along)).astype(np.uint8)
+    grey = np.rint(120 + 80 * np.sin(2 * np.pi * frequency * along))
+    return np.asarray(grey, np.uint8)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.4, 1.2])
