@@ -528,10 +528,11 @@ class Delivery:
 
     def withdraw(self) -> None:
         """The server does not see: what waits is no result."""
-        for result, _ in self._waiting:
+        withdrawn = [result for result, _ in self._waiting]
+        self._waiting.clear()
+        for result in withdrawn:
             result.decision, result.error = None, "withdrawn: the sight test failed"
-            found = record(result, {"time": now(), **self._made_with})
-            show(result, found, self._cfg)
+            self.add(result)
         self.settle()
 
     def close(self) -> None:
