@@ -969,6 +969,7 @@ class State:
             if stamp != NO_DATE:
                 day = f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}"
                 time = f"{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
+            size = f"{one['rows']} × {one['columns']}"
             units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
             shown = [form.format(one[key]) for key, form in units.items() if one[key]]
             yield utils.Tile(
@@ -979,7 +980,8 @@ class State:
                 label=class_of(there, self.labelled_dir) if there else "",
                 lines=[
                     " · ".join(filter(None, [time, *shown])),
-                    f"{one['rows']} × {one['columns']}{', labelled' if there else ''}",
+                    " · ".join(filter(None, [one["detector"], size])),
+                    "labelled" if there else "",
                     one["notes"],
                 ],
             )

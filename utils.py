@@ -3533,7 +3533,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 .tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0 }
 .tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
 .tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
-.mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace }
+.mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace; overflow: hidden }
 .mono { white-space: pre-wrap; padding-left: 21ch; text-indent: -21ch }
 .wide .tile > img { width: 160px; float: left; margin-right: 10px }
 .rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
