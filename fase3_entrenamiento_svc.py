@@ -1441,7 +1441,8 @@ def charts(metrics: Mapping[str, Any]) -> list[utils.Chart]:
     """Reliability, errors by share answered, accuracy by number of descriptions."""
     found, repeats = metrics["confidence"], metrics["splits"]["repeats"]
     sure = [(x, right, *wilson(right, n / repeats)) for x, right, n in found["bins"]]
-    errors = [(x, y, y, y) for x, y in found["errors_by_answered"]]
+    # Below a tenth of the images the share of errors is that of a few.
+    errors = [(x, y, y, y) for x, y in found["errors_by_answered"] if x > 0.1]
     top = next(y for y in (0.1, 0.2, 0.4, 1) if y >= max(e[1] for e in errors))
     counted = [
         (float(name.split()[1]), value["value"], *value["interval"])

@@ -3553,7 +3553,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 .mono { white-space: pre-wrap; padding-left: 21ch; text-indent: -21ch }
 .wide .tile > img { width: 160px; float: left; margin-right: 10px }
 .rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
-.rest small, .rest img { width: 84px; color: var(--dim) }
+.rest small, .rest img { width: 84px; color: var(--dim) } .tile p { overflow: hidden }
 .chip { font-weight: 650; border: 1px solid var(--line); padding: 0 7px;
   border-radius: 9px; margin-right: 4px } .mine { background: var(--c); color: #000 }
 .share::before { content: ""; display: inline-block; width: 78px; height: 9px;

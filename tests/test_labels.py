@@ -4,8 +4,9 @@ import csv
 import io
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import phantoms
@@ -54,6 +55,12 @@ def labelled(base: Path) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file()
     )
+
+
+def converted_here(tasks: Iterable[Any], *_: object) -> Iterator[Any]:
+    """In this process, so that what a test changed is seen."""
+    for task in tasks:
+        yield task, fase1.convert(task)
 
 
 def sheet(base: Path) -> Parsed:
@@ -152,11 +159,15 @@ def test_an_image_that_can_not_be_shown_is_written_all_the_same(
         raise ZeroDivisionError
 
     monkeypatch.setattr(utils, "preview", fails)
-    path = phantoms.write(phantoms.exposure("FDT", 1), tmp_path / "in.dcm")
+    path = phantoms.write(
+        phantoms.exposure("FDT", 1), tmp_path / "input_dicom" / "in.dcm"
+    )
     outcome = fase1.convert(fase1.Task(path, tmp_path / "out.tmp", 100))
-    assert outcome.reason == ""
-    assert outcome.thumbnail == b""
-    assert outcome.name
+    assert (outcome.reason, outcome.thumbnail) == ("", b"")
+    monkeypatch.setattr(fase1, "convert_all", converted_here)
+    assert phase1(tmp_path) == 0
+    assert names(tmp_path) == sheet(tmp_path).all("article", "data-file")
+    assert sheet(tmp_path).all("img", "src") == []
 
 
 # --- --labels -----------------------------------------------------------------------

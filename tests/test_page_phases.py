@@ -177,7 +177,8 @@ def test_the_charts_show_the_metrics(trained: Path) -> None:
     page = parse(trained / "modelo_final_vlm" / config.REPORT)
     metrics, shown = metrics_of(trained), words(page)
     confidence = metrics["confidence"]
-    points = len(confidence["bins"]) + len(confidence["errors_by_answered"])
+    errors = [y for x, y in confidence["errors_by_answered"] if x > 0.1]
+    points = len(confidence["bins"]) + len(errors)
     counts = [n for n in metrics["comparison"] if n.startswith("descriptions: ")]
     assert len(page.all("circle", "cx")) == points + len(counts)
     for said, right, _ in confidence["bins"]:
