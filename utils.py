@@ -2381,23 +2381,28 @@ class SightTest:
             for slot in self._slots:
                 slot.server.changed = False
                 await held.enter_async_context(slot.free)
-            seen = await asyncio.gather(*(self._look(slot) for slot in self._slots))
+            seen = await self._look()
         self.seconds += time.monotonic() - started
         found = [_own_and_other(rows) for rows in seen]
-        wrong = [int(np.sum(pairs[:, 0] >= pairs[:, 1])) for pairs in found]
+        doubts = [found]
+        # A server picks its slots itself: a blind one may have answered in several.
+        halves = np.array(seen).reshape(len(seen), 2, SIGHT_QUESTIONS, -1)
+        pooled = _own_and_other(np.concatenate([*halves[:, 0], *halves[:, 1]]))
+        doubts.append([*np.moveaxis(pooled.reshape(2, len(seen), -1, 2), 0, 1)])
         if (former := self._former_means()) is not None:
             # Always one picture late is as good as seeing, but for the names.
-            swapped = [_distances(rows, former) for rows in seen]
-            late = [int(np.sum(pairs[:, 0] >= pairs[:, 1])) for pairs in swapped]
-            wrong = [max(both) for both in zip(wrong, late, strict=True)]
-        # A server picks its slots itself: a blind one may have answered in several.
-        if max(wrong) > 1 or sum(wrong) > max(1, len(wrong) // 2):
-            slot = self._slots[worst := wrong.index(max(wrong))]
+            doubts.append([_distances(rows, former) for rows in seen])
+        counts = np.array(
+            [[np.sum(p[..., 0] >= p[..., 1]) for p in slots] for slots in doubts]
+        )
+        if counts.max() > 1 or counts[1].sum() > 1:
+            worst = int(counts.max(axis=0).argmax())
+            slot, wrong = self._slots[worst], counts.max(axis=0)[worst]
             aside = self._book.set_aside(self.last_pass())
             self._book.distrusted = BlindError(
                 f"slot {worst + 1} of the server at {slot.server.url} (Ollama "
                 f"{slot.server.version}) does not see the pictures it is sent "
-                f"({max(wrong)} of {len(found[worst])} answers fit another); {aside} "
+                f"({wrong} of {len(found[worst])} answers fit another); {aside} "
                 "answers since the last passed test are set aside: restart the server "
                 "or try another version of Ollama, then run the same command again"
             )
@@ -2418,17 +2423,28 @@ class SightTest:
         sides = np.split(np.array([unpack_vector(one) for one in last["means"]]), 2)
         return np.array([side.mean(axis=0, keepdims=True) for side in sides])
 
-    async def _look(self, slot: Slot) -> NDArray[np.float32]:
-        """Embedded answers about the disc, then about the bars, (n, n_features)."""
-        texts: tuple[list[str], list[str]] = ([], [])
+    async def _look(self) -> list[NDArray[np.float32]]:
+        """Of each slot, embedded answers about the disc, then the bars, (n, features).
+
+        In step, so that a server needs all its slots for each question.
+        """
+        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in self._slots]
         for question in questions("generic", SIGHT_QUESTIONS):
-            for png, answers in zip(sight_pictures(), texts, strict=True):
-                seed = random.getrandbits(31)
-                reply = await slot.server.answer(png, question.prompt, seed)
-                answers.append(self._book.prefix + (judged(reply).text or "nothing"))
-        rows = await slot.server.embed([*texts[0], *texts[1]])
-        unseen = np.zeros_like(self._book.facts.probe)
-        return np.array([unseen if row is None else row for row in rows])
+            for side, png in enumerate(sight_pictures()):
+                calls = [
+                    slot.server.answer(png, question.prompt, random.getrandbits(31))
+                    for slot in self._slots
+                ]
+                for kept, reply in zip(
+                    texts, await asyncio.gather(*calls), strict=True
+                ):
+                    text = judged(reply).text or "nothing"
+                    kept[side].append(self._book.prefix + text)
+        unseen, seen = np.zeros_like(self._book.facts.probe), []
+        for slot, (disc, bars) in zip(self._slots, texts, strict=True):
+            rows = await slot.server.embed([*disc, *bars])
+            seen.append(np.array([unseen if row is None else row for row in rows]))
+        return seen
 
     @property
     def is_open(self) -> bool:

@@ -108,7 +108,7 @@ def write(world: World, base: Path, n_images: int) -> None:
             parts.append(world.image(label, prompts))
             sets = ["object" if label else "background"] * 40 + ["generic"] * 10
             image = {"image_id": f"{name}{i}", "file": f"{name}/{i}.dcm", "class": name}
-            lines += [image | {"prompt_set": prompt_set} for prompt_set in sets]
+            lines += [image | {"prompt_set": each, "description": ""} for each in sets]
     images = [lines[row] for row in range(0, len(lines), 50)]
     labels = np.array([CLASSES.index(line["class"]) for line in images])
     noise = np.random.default_rng(n_images).normal(size=(n_images, 40))
@@ -118,7 +118,7 @@ def write(world: World, base: Path, n_images: int) -> None:
     np.save(folder / config.DATASET_X, np.concatenate(parts))
     np.save(folder / config.DATASET_Y, np.array([line["class"] for line in lines]))
     np.save(folder / config.DATASET_PIXELS, pixels.astype(np.float32))
-    columns = ("image_id", "file", "class", "prompt_set")
+    columns = ("image_id", "file", "class", "prompt_set", "description")
     utils.write_csv(folder / config.DATASET_ROWS, columns, lines)
     empty = dict.fromkeys(HEADERS.split(","), "")
     table = [empty | {name: line[name] for name in columns[:3]} for line in images]
@@ -184,7 +184,7 @@ def compare(n_images: int, n_features: int) -> None:
         )
         line += f"questions {decision['questions']['value']:.1f}, peak {peak:.0f} MB = "
         line += f"{peak / megabytes:.2f} x dataset_X.npy"
-        if n_images <= OBVIOUS_UP_TO:
+        if n_images <= OBVIOUS_UP_TO and n_features == 3072:
             command = [sys.executable, "-c", OBVIOUS, str(dataset), str(plain)]
             obvious, _ = cost(command)
             line += f"; obvious script {obvious:.1f} CPU s, {accuracy(plain, new):.3f}"
