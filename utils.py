@@ -3443,7 +3443,7 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     In the grey window of `prepare_image`, found on these pixels: nearly its picture.
     """
     frame = frame_of(pixels, len(pixels.values) // 2)
-    step = max(1, max(frame.shape[:2]) // 480)
+    step = max(1, max(frame.shape[:2]) // 320)
     frame = frame[::step, ::step]
     values, padding = _display_values(frame, dataset), _padding(frame, dataset)
     height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
