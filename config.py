@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +233,12 @@ class Config:
 
     host: str = _knob(
         "",
-        "address of the Ollama server (default: OLLAMA_HOST, else "
-        "http://127.0.0.1:11434)",
+        "address of the Ollama server, or of several: A,B,C (default: OLLAMA_HOST, "
+        "else http://127.0.0.1:11434)",
         *VLM_PHASES,
+    )
+    any_host: bool = _knob(
+        False, "go on without the servers that the preflight refuses", *VLM_PHASES
     )
     vlm: str = _knob("llava-phi3", "vision language model that describes", *VLM_PHASES)
     embed_model: str = _knob(
@@ -372,6 +375,11 @@ class Config:
     def host_url(self) -> str:
         """Address of the Ollama server: --host, else OLLAMA_HOST, else the default."""
         return self.host or os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"
+
+    def one_per_host(self) -> list["Config"]:
+        """These knobs once for each server that --host or OLLAMA_HOST names."""
+        hosts = [host for host in self.host_url.split(",") if host.strip()]
+        return [replace(self, host=host.strip()) for host in hosts or [self.host_url]]
 
     @property
     def in_flight(self) -> int:
