@@ -240,6 +240,12 @@ class Config:
     any_host: bool = _knob(
         False, "go on without the servers that the preflight refuses", *VLM_PHASES
     )
+    dask: str = _knob(
+        "",
+        "address of a Dask scheduler whose workers ask their own OLLAMA_HOST, or "
+        "local:N for N workers here",
+        *VLM_PHASES,
+    )
     vlm: str = _knob("llava-phi3", "vision language model that describes", *VLM_PHASES)
     embed_model: str = _knob(
         "nomic-embed-text", "model that turns descriptions into vectors", *VLM_PHASES
@@ -466,6 +472,8 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
     """Turns a flag's text into its value; argparse names the flag where it can't."""
     if knob.name == "keep_alive":
         return _duration
+    if knob.name == "dask":
+        return _scheduler
     if knob.default in (None, ()) or isinstance(knob.default, Path):
         return Path
     kind: Any = type(knob.default)
@@ -491,5 +499,14 @@ def _duration(text: str) -> str:
     if not GO_DURATION.fullmatch(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a duration: write 30m, 1h30m, a number of seconds or -1"
+        )
+    return text
+
+
+def _scheduler(text: str) -> str:
+    if not re.fullmatch(r"local:[1-9]\d*|(tcp|tls|ucx|wss?)://\S+|[^\s:/]+:\d+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no scheduler: write tcp://name:8786, tls://name:8786 or "
+            "local:2"
         )
     return text

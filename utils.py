@@ -50,6 +50,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
+from socket import gethostname
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -2547,13 +2548,16 @@ def run_async(main: Coroutine[Any, Any, Result]) -> Result:
 async def open_servers(
     cfg: config.Config, tell: Callable[[str], object]
 ) -> AsyncIterator[list["VlmServer"]]:
-    """The servers that --host names, none twice."""
+    """The servers of --host or of the workers of --dask, none twice."""
     named = {server_url(one): one for one in cfg.one_per_host()}
     async with AsyncExitStack() as opened:
-        servers: list[VlmServer] = []
-        for one in named.values():
-            servers.append(await opened.enter_async_context(VlmServer(one, tell)))
-            servers[-1].alone = len(named) == 1
+        servers = [VlmServer(one, tell) for one in named.values()]
+        if cfg.dask:
+            ways = await _dask_ways(cfg, tell, opened)
+            servers = [VlmServer(cfg, tell, way) for way in ways]
+        for server in servers:
+            server.alone = len(servers) == 1
+            await opened.enter_async_context(server)
         yield servers
 
 
@@ -2621,6 +2625,160 @@ def work_done(servers: Sequence["VlmServer"]) -> Iterator[str]:
         yield f"{server.url}: {server.answered} answers, {each:.2f} s each"
 
 
+# Dask: its workers are ways to other Ollama servers, one task a request.
+
+LOOK_S = 2.0
+"""Seconds without an answer after which it is seen whether the worker lives."""
+
+
+class DaskWay:
+    """Transport of an httpx client: Dask workers send the requests to their own server.
+
+    Only method, path, body and reply travel. Workers that ask the same server are one
+    way: the task of one that dies goes to another, or to it when it is started again.
+    """
+
+    def __init__(self, client: Any, name: str, workers: list[str]) -> None:
+        self._client, self.name, self.workers = client, name, workers
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """As httpx wants it; ConnectError where no worker is left, or its server."""
+        import httpx  # noqa: PLC0415
+
+        asked = request.method, request.url.raw_path.decode(), await request.aread()
+        try:
+            while (reply := await self.run("own_server_says", *asked)) is None:
+                every = [DaskWay(self._client, "", [w]) for w in await self.alive()]
+                found = [(one, await one.run("own_server")) for one in every]
+                same = [one for one, it in found if it and it[1] == self.name]
+                self.workers = [worker for one in same for worker in one.workers]
+                if not same:
+                    raise OSError("its Dask worker left")
+        except (OSError, RuntimeError) as error:
+            raise httpx.ConnectError(str(error)) from None
+        status, location, content = reply
+        return httpx.Response(status, headers={"location": location}, content=content)
+
+    async def aclose(self) -> None:
+        """As httpx wants it; other ways share the client."""
+
+    async def alive(self) -> dict[str, int]:
+        """The threads of each worker that the scheduler has."""
+        return dict(await self._client.nthreads())
+
+    async def run(self, function: str, *asked: object) -> Any:
+        """Run a function of this module on a worker; None where none is left."""
+
+        async def here(function: str, *asked: object) -> Any:
+            # It travels as code, since the scheduler does not have this module.
+            module = importlib.import_module("utils")
+            return await getattr(module, function)(*asked)
+
+        future = self._client.submit(
+            here, function, *asked, workers=self.workers, pure=False
+        )
+        result = asyncio.ensure_future(future.result())
+        try:
+            while not (await asyncio.wait({result}, timeout=LOOK_S))[0]:
+                if not {*self.workers} & {*await self.alive()}:
+                    return None
+            if result.cancelled():
+                raise OSError("the Dask scheduler left")
+            return result.result()
+        finally:
+            result.cancel()
+            future.release()
+
+
+async def own_server() -> tuple[str, str]:
+    """On a Dask worker: the version of the program, and the server it leads to."""
+    return config.PROGRAM_VERSION, f"{server_url(config.Config())} on {gethostname()}"
+
+
+async def own_server_says(
+    method: str, path: str, body: bytes
+) -> tuple[int, str, bytes]:
+    """On a Dask worker: status, new location and content of its server's reply."""
+    client, headers = _own_client(), {"content-type": "application/json"}
+    try:
+        reply = await client.request(method, path, content=body, headers=headers)
+    except _server_away() as error:
+        raise OSError(_short(error)) from None
+    return reply.status_code, reply.headers.get("location", ""), reply.content
+
+
+@cache
+def _own_client() -> Any:
+    return VlmServer(config.Config(), lambda _: None)._client._client
+
+
+async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
+    """A client of the scheduler at --dask, or of local:N workers in its stead."""
+    try:
+        distributed: Any = importlib.import_module("distributed")
+    except ImportError:
+        raise PipelineError("--dask needs Dask: pip install '.[cluster]'") from None
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    scheduler: Any = cfg.dask
+    if cfg.dask.startswith("local:"):
+        workers = {}
+        for n in range(int(cfg.dask.removeprefix("local:"))):
+            hosts = [one.host_url for one in cfg.one_per_host()]
+            settings = {"nthreads": cfg.in_flight, "silence_logs": logging.ERROR}
+            env = {"OLLAMA_HOST": hosts[n % len(hosts)]}
+            workers[n] = {"cls": distributed.Nanny, "options": settings | {"env": env}}
+        own = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1"}}
+        scheduler = distributed.SpecCluster(workers, own, asynchronous=True)
+        await opened.enter_async_context(scheduler)
+    elif cfg.host:
+        raise PipelineError("a Dask worker asks its own OLLAMA_HOST: leave --host out")
+    try:
+        client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
+        return await opened.enter_async_context(client)
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"no Dask scheduler answers at {cfg.dask} ({_short(error)}): start it with "
+            "`dask scheduler` or use --dask local:2"
+        ) from None
+
+
+async def _dask_ways(
+    cfg: config.Config, tell: Callable[[str], object], opened: AsyncExitStack
+) -> list[DaskWay]:
+    """The ways that the workers lead."""
+    client, ways = await _dask_client(cfg, opened), dict[str, DaskWay]()
+    for worker, threads in (await client.nthreads()).items():
+        way = DaskWay(client, "", [worker])
+        if problem := await _unfit(way, threads, cfg):
+            said = f"the Dask worker at {worker}: it {problem}"
+            if not cfg.any_host:
+                raise PipelineError(
+                    f"can't use {said}; or go on without it: --any-host"
+                )
+            tell(f"warning: goes on without {said}")
+        elif way.name in ways:
+            ways[way.name].workers += [worker]
+        else:
+            ways[way.name] = way
+    if not ways:
+        raise PipelineError(
+            f"no worker to use: start one with `dask worker {cfg.dask}`"
+        )
+    return list(ways.values())
+
+
+async def _unfit(way: DaskWay, threads: int, cfg: config.Config) -> str:
+    """Why a worker can't be used, or "" and the way has its name."""
+    try:
+        program, way.name = await way.run("own_server") or ("left", "")
+    except (ImportError, AttributeError) as error:
+        return f"lacks the program ({error}): set PYTHONPATH to the program's folder"
+    if program != config.PROGRAM_VERSION:
+        return f"has program {program}, not {config.PROGRAM_VERSION}"
+    few = f"has too few threads: start it with --nthreads {cfg.in_flight}"
+    return few if threads < cfg.in_flight else ""
+
+
 # One server: what it has, one call, and what can go wrong with it.
 
 
@@ -2658,11 +2816,13 @@ def is_loopback(url: str) -> bool:
 
 def distance_warning(cfg: config.Config) -> str:
     """Names the servers that are not this machine, before images go there; or empty."""
-    urls = {
+    urls = [
         url for one in cfg.one_per_host() if not is_loopback(url := server_url(one))
-    }
+    ]
+    if cfg.dask and not cfg.dask.startswith("local:"):
+        urls = [cfg.dask]
     plain = {True: "", False: ", unencrypted"}
-    far = [f"{url}{plain[url.startswith('https')]}" for url in sorted(urls)]
+    far = [f"{url}{plain[url.startswith(('https', 'tls'))]}" for url in urls]
     return f"the images leave this machine for {' and '.join(far)}" if far else ""
 
 
@@ -2700,10 +2860,18 @@ class VlmServer:
     ----------
     tell : callable
         Takes a line about what takes a while or has changed.
+    way : DaskWay, optional
+        Leads to the server; without it that of --host is asked.
     """
 
-    def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
-        self._cfg, self.tell, self.url = cfg, tell, server_url(cfg)
+    def __init__(
+        self,
+        cfg: config.Config,
+        tell: Callable[[str], object],
+        way: DaskWay | None = None,
+    ) -> None:
+        self._cfg, self.tell, self._way = cfg, tell, way
+        self.url = way.name if way else server_url(cfg)
         self.version, self.embedding_s = "", 0.0
         self.changed = False
         """It was away, or is another version, since this was last set to False."""
@@ -2722,6 +2890,8 @@ class VlmServer:
     def _connect(self) -> Any:
         import httpx  # noqa: PLC0415
 
+        if self._way:
+            return _ollama().AsyncClient("http://dask", transport=self._way)
         login = urlsplit(self._cfg.host_url)
         try:
             return _ollama().AsyncClient(
