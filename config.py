@@ -504,7 +504,9 @@ def _duration(text: str) -> str:
 
 
 def _scheduler(text: str) -> str:
-    if not re.fullmatch(r"local:[1-9]\d*|(tcp|tls|ucx|wss?)://\S+|[^\s:/]+:\d+", text):
+    if text and not re.fullmatch(
+        r"local:[1-9]\d*|(tcp|tls|ucx|wss?)://\S+|[^\s:/]+:\d+", text
+    ):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no scheduler: write tcp://name:8786, tls://name:8786 or "
             "local:2"
