@@ -2647,12 +2647,15 @@ class DaskWay:
 
         asked = request.method, request.url.raw_path.decode(), await request.aread()
         try:
-            while (reply := await self.run("own_server_says", *asked)) is None:
-                every = [DaskWay(self._client, "", [w]) for w in await self.alive()]
-                found = [(one, await one.run("own_server")) for one in every]
-                same = [one for one, it in found if it and it[1] == self.name]
-                self.workers = [worker for one in same for worker in one.workers]
-                if not same:
+            while not (reply := await self.run("own_server_says", *asked)):
+                alive = [*await self._client.nthreads()]
+                every = [DaskWay(self._client, "", [worker]) for worker in alive]
+                names = [(await one.run("own_server"))[1:] for one in every]
+                pairs = zip(alive, names, strict=True)
+                self.workers = [
+                    worker for worker, name in pairs if name == (self.name,)
+                ]
+                if not self.workers:
                     raise OSError("its Dask worker left")
         except (OSError, RuntimeError) as error:
             raise httpx.ConnectError(str(error)) from None
@@ -2662,29 +2665,32 @@ class DaskWay:
     async def aclose(self) -> None:
         """As httpx wants it; other ways share the client."""
 
-    async def alive(self) -> dict[str, int]:
-        """The threads of each worker that the scheduler has."""
-        return dict(await self._client.nthreads())
-
-    async def run(self, function: str, *asked: object) -> Any:
-        """Run a function of this module on a worker; None where none is left."""
+    async def run(self, function: str, *asked: object) -> tuple[Any, ...]:
+        """Run a function of this module on a worker; () where none is left."""
 
         async def here(function: str, *asked: object) -> Any:
             # It travels as code, since the scheduler does not have this module.
             module = importlib.import_module("utils")
             return await getattr(module, function)(*asked)
 
+        if self._client.status == "closed":
+            raise PipelineError(
+                "the Dask scheduler left: start it, then run the same command again; "
+                "every answer so far is kept"
+            )
         future = self._client.submit(
             here, function, *asked, workers=self.workers, pure=False
         )
         result = asyncio.ensure_future(future.result())
         try:
             while not (await asyncio.wait({result}, timeout=LOOK_S))[0]:
-                if not {*self.workers} & {*await self.alive()}:
-                    return None
-            if result.cancelled():
-                raise OSError("the Dask scheduler left")
-            return result.result()
+                if not {*self.workers} & {*await self._client.nthreads()}:
+                    return ()
+            dask: Any = importlib.import_module("distributed")
+            lost = dask.KilledWorker, dask.CancelledError
+            if result.cancelled() or isinstance(result.exception(), lost):
+                return ()
+            return cast(tuple[Any, ...], result.result())
         finally:
             result.cancel()
             future.release()
@@ -2771,8 +2777,11 @@ async def _unfit(way: DaskWay, threads: int, cfg: config.Config) -> str:
     """Why a worker can't be used, or "" and the way has its name."""
     try:
         program, way.name = await way.run("own_server") or ("left", "")
-    except (ImportError, AttributeError) as error:
-        return f"lacks the program ({error}): set PYTHONPATH to the program's folder"
+    except Exception as error:
+        return (
+            f"can't run the program ({type(error).__name__}: {error}): set its "
+            "PYTHONPATH to the program's folder, and use the same Python"
+        )
     if program != config.PROGRAM_VERSION:
         return f"has program {program}, not {config.PROGRAM_VERSION}"
     few = f"has too few threads: start it with --nthreads {cfg.in_flight}"
@@ -2959,7 +2968,7 @@ class VlmServer:
         """
         await self.check_models()
         vlm, embedder = self._cfg.vlm, self._cfg.embed_model
-        self.tell(f"loading {embedder} and {vlm} on the server")
+        self.tell(f"loading {embedder} and {vlm} on the server at {self.url}")
         digests = await self._call("list its models", self._digests)
         # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()

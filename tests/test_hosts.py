@@ -1,5 +1,6 @@
 """Several servers, or Dask workers: the same arrays, and the loss of one is none."""
 
+import asyncio
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed
 import phantoms
@@ -422,7 +424,7 @@ def test_a_worker_without_the_program_is_told_how_to_get_it(
     base = labelled(tmp_path / "dask", per_class=1)
     assert phase2(base, [*no_host(), "--dask", scheduler]) == 2
     assert "No module named 'utils'" in caplog.text
-    assert "set PYTHONPATH to the program's folder" in caplog.text
+    assert "set its PYTHONPATH to the program's folder" in caplog.text
     assert not asked_of(fake)
 
 
@@ -513,3 +515,9 @@ def test_dask_is_not_imported_unless_it_is_asked_for() -> None:
         subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode
         == 0
     )
+
+
+def test_a_scheduler_that_left_ends_the_run() -> None:
+    way = utils.DaskWay(SimpleNamespace(status="closed"), "a server", ["a worker"])
+    with pytest.raises(utils.PipelineError, match="scheduler left.*same command"):
+        asyncio.run(way.run("own_server"))
