@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +233,17 @@ class Config:
 
     host: str = _knob(
         "",
-        "address of the Ollama server (default: OLLAMA_HOST, else "
-        "http://127.0.0.1:11434)",
+        "address of the Ollama server, or of several: A,B,C (default: OLLAMA_HOST, "
+        "else http://127.0.0.1:11434)",
+        *VLM_PHASES,
+    )
+    any_host: bool = _knob(
+        False, "go on without the servers that the preflight refuses", *VLM_PHASES
+    )
+    dask: str = _knob(
+        "",
+        "address of a Dask scheduler whose workers ask their own OLLAMA_HOST, or "
+        "local:N for N workers here",
         *VLM_PHASES,
     )
     vlm: str = _knob("llava-phi3", "vision language model that describes", *VLM_PHASES)
@@ -373,6 +382,11 @@ class Config:
         """Address of the Ollama server: --host, else OLLAMA_HOST, else the default."""
         return self.host or os.environ.get("OLLAMA_HOST") or "http://127.0.0.1:11434"
 
+    def one_per_host(self) -> list["Config"]:
+        """These knobs once for each server that --host or OLLAMA_HOST names."""
+        hosts = [host for host in self.host_url.split(",") if host.strip()]
+        return [replace(self, host=host.strip()) for host in hosts or [self.host_url]]
+
     @property
     def in_flight(self) -> int:
         """Bound of the semaphore: requests in flight at once."""
@@ -458,6 +472,8 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
     """Turns a flag's text into its value; argparse names the flag where it can't."""
     if knob.name == "keep_alive":
         return _duration
+    if knob.name == "dask":
+        return _scheduler
     if knob.default in (None, ()) or isinstance(knob.default, Path):
         return Path
     kind: Any = type(knob.default)
@@ -483,5 +499,16 @@ def _duration(text: str) -> str:
     if not GO_DURATION.fullmatch(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a duration: write 30m, 1h30m, a number of seconds or -1"
+        )
+    return text
+
+
+def _scheduler(text: str) -> str:
+    if text and not re.fullmatch(
+        r"local:[1-9]\d*|(tcp|tls|ucx|wss?)://\S+|[^\s:/]+:\d+", text
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no scheduler: write tcp://name:8786, tls://name:8786 or "
+            "local:2"
         )
     return text

@@ -21,6 +21,11 @@ files that were moved to datos_etiquetados/ in the meantime.
     python fase1_descompresion.py --labels etiquetas.csv    moves what was marked
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import csv
 import errno
 import faulthandler
@@ -34,7 +39,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
 import threading

@@ -310,15 +310,15 @@ class Describing:
     def __init__(
         self,
         images: Sequence[LabelledImage],
-        server: VlmServer,
+        servers: Sequence[VlmServer],
         book: AnswerBook,
         cfg: Config,
     ) -> None:
-        self._server, self._book, self._cfg = server, book, cfg
+        self._servers, self._book, self._cfg = servers, book, cfg
         left = {i.image_id: n for i in images if (n := open_questions(i, book, cfg))}
         self._todo = [image for image in alternating(images) if image.image_id in left]
         self._open_images, self._to_ask = len(left), sum(left.values())
-        self._slots = utils.slots_of(cfg, [server])
+        self._slots = utils.slots_of(cfg, servers)
         self._sight = utils.SightTest(self._slots, book)
         self._tests_sight = not (cfg.no_sight_test or cfg.estimate)
         self.failures: dict[str, str] = {}
@@ -339,7 +339,7 @@ class Describing:
                 if self._cfg.estimate:
                     self._todo = self._todo[: len(self._slots)]
                 elif self._tests_sight and self._is_anything_open():
-                    await self._sight.run()
+                    await self._sight.run(self._cfg.any_host)
                 if not (self._cfg.estimate or self._book.facts.both_loaded):
                     await self._go_through(embed=False)
                 await self._go_through(embed=True)
@@ -352,7 +352,7 @@ class Describing:
         if self._cfg.estimate:
             slots = len(self._slots)
             open_ = self._open_images, self._to_ask
-            print(estimate(self._progress.stamps, self._server, *open_, slots))
+            print(estimate(self._progress.stamps, self._servers, *open_, slots))
 
     def _is_anything_open(self) -> bool:
         """Questions of this run, or answers of a killed one that no test confirmed."""
@@ -397,7 +397,7 @@ def as_labelled(image: LabelledImage) -> PreparedImage | str:
 
 def estimate(
     stamps: Sequence[float],
-    server: VlmServer,
+    servers: Sequence[VlmServer],
     open_images: int,
     to_ask: int,
     slots: int,
@@ -414,8 +414,9 @@ def estimate(
     each = float(np.mean(others if others.size else first))
     extra = max(0.0, float(np.mean(first)) - each)
     vlm_s = (to_ask * each + open_images * extra) / slots
-    embed_s = server.embedding_s / measured * to_ask
-    both = max(vlm_s, embed_s) if server.facts.both_loaded else vlm_s + embed_s
+    embed_s = sum(s.embedding_s for s in servers) / len(servers) / measured * to_ask
+    overlap = all(server.facts.both_loaded for server in servers)
+    both = max(vlm_s, embed_s) if overlap else vlm_s + embed_s
     end = datetime.now().astimezone() + timedelta(seconds=both)
     return (
         f"estimate: {to_ask} descriptions of {open_images} images take about "
@@ -426,13 +427,18 @@ def estimate(
 
 
 def announce(
-    cfg: Config, facts: ServerFacts, images: Sequence[LabelledImage], book: AnswerBook
+    cfg: Config,
+    servers: Sequence[VlmServer],
+    images: Sequence[LabelledImage],
+    book: AnswerBook,
 ) -> None:
     """Say what will be done, with what, and what would make it faster."""
     per_class = Counter(image.label for image in images)
     classes = ", ".join(f"{label} {count}" for label, count in per_class.items())
     log.info("images: %d (%s)", len(images), classes)
-    log.info("Ollama %s at %s", facts.version, utils.server_url(cfg))
+    facts = book.facts
+    for server in servers:
+        log.info("Ollama %s at %s", server.version, server.url)
     log.info(
         "describes: %s (%.12s), %.0f %% on the GPU · embeds: %s (%.12s), %d numbers",
         *(cfg.vlm, facts.vlm_digest, 100 * facts.gpu_share),
@@ -640,6 +646,7 @@ def run(cfg: Config) -> int:
         log.warning("warning: %s", warning)
     paths = labelled_files(cfg.folder("labelled_dir"))
     rejections, failures = Rejections(), dict[str, str]()
+    servers: list[VlmServer] = []
     held = f"another run of phase 2 works on {folder}: wait for it to end"
     with utils.lock(folder / ".fase2.lock", held):
         journal.mkdir(exist_ok=True)
@@ -648,7 +655,9 @@ def run(cfg: Config) -> int:
             book = AnswerBook(journal, cfg, last_server(journal))
             warn_of_own_answers(images, book)
         else:
-            images, book, failures = utils.run_async(interview(paths, cfg, rejections))
+            images, book, failures, servers = utils.run_async(
+                interview(paths, cfg, rejections)
+            )
         if cfg.estimate:
             return utils.EXIT_DONE
         complete = [i for i in images if open_questions(i, book, cfg) == 0]
@@ -669,7 +678,7 @@ def run(cfg: Config) -> int:
         if cfg.finished_only:
             made["finished_only"] = {"images": len(complete), "labelled": len(images)}
         utils.write_json(folder / config.MANIFEST, made)
-    print(summary(folder, made, rejections))
+    print(*utils.work_done(servers), summary(folder, made, rejections), sep="\n")
     return utils.EXIT_SOME_FAILED if rejections.failed else utils.EXIT_DONE
 
 
@@ -687,23 +696,24 @@ def last_server(journal: Path) -> ServerFacts:
 
 async def interview(
     paths: Sequence[Path], cfg: Config, rejections: Rejections
-) -> tuple[list[LabelledImage], AnswerBook, dict[str, str]]:
-    """See to the server, read the files, ask all that is open."""
+) -> tuple[list[LabelledImage], AnswerBook, dict[str, str], list[VlmServer]]:
+    """See to the servers, read the files, ask all that is open."""
     folder = cfg.folder("dataset_dir")
-    async with VlmServer(cfg, log.info) as server:
-        await server.check_models()  # one that isn't there shows before files are read
+    async with utils.open_servers(cfg, log.info) as named:
+        # One that isn't there shows before files are read.
+        found = await utils.passing(named, lambda server: server.check_models(), cfg)
         images = identify(paths, cfg, rejections)
         warn_of_counts(images)
-        facts = await server.preflight()
+        servers, facts = await utils.preflight(found, cfg)
         book = AnswerBook(folder / config.JOURNAL_DIR, cfg, facts)
-        announce(cfg, facts, images, book)
+        announce(cfg, servers, images, book)
         warn_of_own_answers(images, book)
         if not cfg.estimate:
             # The dataset will change: until it is whole again it has no manifest.
             (folder / config.MANIFEST).unlink(missing_ok=True)
-        describing = Describing(images, server, book, cfg)
+        describing = Describing(images, servers, book, cfg)
         await describing.run()
-        return images, book, describing.failures
+        return images, book, describing.failures, servers
 
 
 def show_sight(cfg: Config) -> int:

@@ -16,6 +16,11 @@ only, one decision per image, by the very rule that phase 4 applies.
     python fase3_entrenamiento_svc.py --search short --group-by day
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import io
 import logging
 import os
@@ -1194,8 +1199,8 @@ def shown(value: Any) -> str:
 
 
 def in_points(gap: Mapping[str, Any]) -> str:
-    low, high = (100 * limit for limit in gap["interval"])
-    return f"{100 * gap['value']:+.0f} points ({low:+.0f} to {high:+.0f})"
+    value, low, high = (round(100 * x) for x in (gap["value"], *gap["interval"]))
+    return f"{value:+d} points ({low:+d} to {high:+d})"
 
 
 def shortened(name: str) -> str:

@@ -176,23 +176,23 @@ class Inference:
 
     def __init__(
         self,
-        server: VlmServer,
+        servers: Sequence[VlmServer],
         model: "asyncio.Task[Model]",
         book: AnswerBook,
         cfg: Config,
         delivery: "Delivery",
     ) -> None:
-        self._server, self._model, self._book = server, model, book
+        self._servers, self._model, self._book = servers, model, book
         self._cfg, self._delivery, self._asked = cfg, delivery, 0
         self._waiting: list[Result] = []
         self._finished: list[Result] = []
-        self._first: dict[str, asyncio.Future[Result]] = {}
+        self._first: dict[str, tuple[Result, asyncio.Event]] = {}
 
     async def run(self, paths: Sequence[Path]) -> None:
         """Classify every file; a file that fails is delivered with its reason."""
         results = [Result(path) for path in paths]
         self._waiting = list(results)
-        slots = utils.slots_of(self._cfg, [self._server])
+        slots = utils.slots_of(self._cfg, self._servers)
         if self._cfg.no_sight_test:
             await utils.image_by_image(results, _prepared, self._work, slots)
             return
@@ -205,14 +205,14 @@ class Inference:
                 await self._test(sight)
 
         if not sight.is_recent(answers=500, minutes=30):
-            await self._test(sight)
+            await self._test(sight, self._cfg.any_host)
         await utils.image_by_image(results, _prepared, self._work, slots, between)
         if self._asked > TEST_AT_END:
             await self._test(sight)
 
-    async def _test(self, sight: SightTest) -> None:
+    async def _test(self, sight: SightTest, may_drop: bool = False) -> None:
         try:
-            await sight.run()
+            await sight.run(may_drop)
         except BlindError:
             self._delivery.withdraw()
             raise
@@ -221,17 +221,17 @@ class Inference:
     async def _work(self, result: Result, _: None, turn: Turn) -> None:
         picture = result.picture
         if picture is not None:
-            first = self._first.get(picture.image_id)
-            if first is None:
-                first = asyncio.get_running_loop().create_future()
-                self._first[picture.image_id] = first
+            first, done = self._first.setdefault(
+                picture.image_id, (result, asyncio.Event())
+            )
+            if first is result:
                 await self._classify(result, picture, turn)
-                first.set_result(result)
+                done.set()
             else:  # equal pixels are asked once
                 turn.end()
-                twin = await first
-                result.decision, result.error = twin.decision, twin.error
-                result.texts = twin.texts
+                await done.wait()
+                result.decision, result.error = first.decision, first.error
+                result.texts = first.texts
         self._finished.append(result)
         while self._waiting and self._waiting[0] in self._finished:
             self._finished.remove(self._waiting[0])
@@ -590,8 +590,8 @@ async def classify(
     folder = cfg.folder("model_dir")
     model = asyncio.create_task(asyncio.to_thread(utils.load_model, folder, metrics))
     with ExitStack() as shown:
-        async with VlmServer(cfg, log.info) as server:
-            facts = await server.preflight()
+        async with utils.open_servers(cfg, log.info) as named:
+            servers, facts = await utils.preflight(named, cfg)
             warnings = check_conditions(metrics, facts, cfg)
             if cfg.inference_descriptions != metrics["k"]:
                 warnings.append(
@@ -611,10 +611,12 @@ async def classify(
             }
             delivery = Delivery(len(files), metrics, made_with, book, table, cfg)
             try:
-                await Inference(server, model, book, cfg, delivery).run(files)
+                await Inference(servers, model, book, cfg, delivery).run(files)
                 delivery.settle()
             finally:
                 delivery.close()
+            for said in utils.work_done(servers):
+                log.info("%s", said)
     return utils.EXIT_SOME_FAILED if delivery.failed else utils.EXIT_DONE
 
 

@@ -27,8 +27,9 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
@@ -37,11 +38,19 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
+from contextlib import (
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
+from socket import gethostname
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -96,6 +105,10 @@ class ModelChangedError(PipelineError):
 
 class BlindError(PipelineError):
     """The server does not look at the pictures that it is sent."""
+
+
+class ServerAwayError(PipelineError):
+    """One of several servers does not answer; the others can take its images."""
 
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -1901,7 +1914,8 @@ class AnswerBook:
     ) -> None:
         self.folder, self.facts = folder, facts
         self.prefix, self.options = embed_prefix(cfg), vlm_options(cfg)
-        self.unconfirmed: list[tuple[Journal, str]] = []
+        self.unconfirmed: dict[str, list[tuple[Journal, str]]] = defaultdict(list)
+        """By the server that answered."""
         self.kept = 0
         """Answers of this run."""
         self.distrusted: PipelineError | None = None
@@ -1945,7 +1959,7 @@ class AnswerBook:
     def answers_since(self, moment: str) -> list[tuple[Journal, str]]:
         """Answers of whatever run later than a moment, UTC in ISO 8601."""
         if self.folder is None:
-            return list(self.unconfirmed)
+            return [one for some in self.unconfirmed.values() for one in some]
         found = []
         start = datetime.fromisoformat(moment).timestamp() if moment else 0.0
         for path in self.folder.glob("?*.jsonl"):
@@ -1974,22 +1988,23 @@ class AnswerBook:
         return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
 
     async def confirm(self, server: "VlmServer") -> None:
-        """The models are still the same, so that the answers so far hold.
+        """The models are still the same, so that the server's answers so far hold.
 
         Raises
         ------
         ModelChangedError
             Another model may have given the answers since the last time: forgotten.
         """
-        checked = len(self.unconfirmed)
+        unconfirmed = self.unconfirmed[server.url]
+        checked = len(unconfirmed)
         try:
             await server.check_unchanged()
         except ModelChangedError as error:
             self.distrusted = error
-            for journal, key in self.unconfirmed:
+            for journal, key in unconfirmed:
                 journal.add({"taken_back": [key]})
             raise
-        del self.unconfirmed[:checked]
+        del unconfirmed[:checked]
 
 
 class ImageAnswers:
@@ -2039,7 +2054,7 @@ class ImageAnswers:
             "seed": question.seed(self._image.image_id, attempt),
         }
         self.journal.add({"key": key, **asked, **reply})
-        self.book.unconfirmed.append((self.journal, key))
+        self.book.unconfirmed[reply.get("server", "")].append((self.journal, key))
         self.book.kept += 1
 
     def keep_vectors(self, vectors: Mapping[str, NDArray[np.float32] | None]) -> None:
@@ -2072,8 +2087,11 @@ def _key(*asked: object) -> str:
 class Slots:
     """What the slots of all servers share."""
 
+    servers: Sequence["VlmServer"]
     waiting: list["Interview"] = field(default_factory=list)
     """Of every image that is being asked."""
+    source: Iterator[Any] = iter(())
+    """Items that nobody has taken."""
     unfinished: int = 0
     """Images that are taken and not done."""
 
@@ -2114,7 +2132,8 @@ def slots_of(cfg: config.Config, servers: Sequence["VlmServer"]) -> list[Slot]:
     With several slots a second request of an image would go to another slot, and have
     the image encoded again.
     """
-    lanes, shared = cfg.in_flight if cfg.server_parallel == 1 else 1, Slots()
+    lanes = cfg.in_flight if cfg.server_parallel == 1 else 1
+    shared = Slots(servers)
     return [Slot(s, lanes, shared) for s in servers for _ in range(cfg.server_parallel)]
 
 
@@ -2129,7 +2148,8 @@ async def image_by_image(
 
     An image ends its turn when its last question is asked (see `ask`), so that its
     embeddings are made while the next one is asked. Where no image is left, idle slots
-    take questions of those still open, at one more encode each.
+    take questions of those still open, at one more encode each. An image whose server
+    goes away is the next to be taken, by whichever slot.
 
     Parameters
     ----------
@@ -2140,55 +2160,63 @@ async def image_by_image(
     between : async callable, optional
         Called before each image begins; it may take the slots for itself.
     """
-    source = iter(items)
+    slots[0].shared.source = iter(items)
     async with asyncio.TaskGroup() as group:
         for slot in slots:
-            group.create_task(_serve(slot, source, prepare, work, between))
+            group.create_task(_serve(slot, prepare, work, between))
 
 
 async def _serve(
     slot: Slot,
-    source: Iterator[Item],
     prepare: Callable[[Item], Prepared],
     work: Callable[[Item, Prepared, Turn], Awaitable[None]],
     between: Callable[[], Awaitable[None]] | None,
 ) -> None:
     shared, room = slot.shared, asyncio.Semaphore(3)
+    none_left: Any = object()
 
     async def do(item: Item, prepared: Prepared) -> None:
         turn = Turn(slot)
         try:
             await work(item, prepared, turn)
+        except ServerAwayError:
+            shared.source = chain((item,), shared.source)
         finally:
             turn.end()
             room.release()
             shared.unfinished -= 1
 
     async with asyncio.TaskGroup() as group:
-        for item in source:
-            shared.unfinished += 1
-            prepared = await asyncio.to_thread(prepare, item)
-            await room.acquire()
-            async with slot.free:  # the image before has asked all
-                pass
-            if between:
-                await between()
-            await slot.free.acquire()
-            group.create_task(do(item, prepared))
-        await _help_out(slot)
+        while True:
+            if slot.server.away:
+                await slot.server.until_back(shared)
+            if (item := next(shared.source, none_left)) is not none_left:
+                shared.unfinished += 1
+                prepared = await asyncio.to_thread(prepare, item)
+                await room.acquire()
+                async with slot.free:  # the image before has asked all
+                    pass
+                if between:
+                    await between()
+                await slot.free.acquire()
+                group.create_task(do(item, prepared))
+            elif shared.unfinished:
+                await _help_out(slot)
+            else:
+                return
 
 
 async def _help_out(slot: Slot) -> None:
     """An idle slot takes questions of an image that has many left."""
-    shared = slot.shared
-    while shared.unfinished:
-        longest = max(shared.waiting, key=lambda one: len(one.open), default=None)
-        if longest is None or len(longest.open) < WORTH_AN_ENCODE:
-            await asyncio.sleep(0.02)
-            continue
-        async with slot.free:
-            while len(longest.open) > 1:
-                await longest.ask_next(slot)
+    longest = max(slot.shared.waiting, key=lambda one: len(one.open), default=None)
+    if longest is None or len(longest.open) < WORTH_AN_ENCODE:
+        await asyncio.sleep(0.02)
+        return
+    async with slot.free:
+        while len(longest.open) > 1:
+            await longest.ask_next(slot)
+    with suppress(ServerAwayError):
+        await longest.book.confirm(slot.server)
 
 
 async def ask(
@@ -2215,6 +2243,8 @@ async def ask(
     ------
     RejectedError
         The server refuses the image, or no attempt gave a text that can be used.
+    ServerAwayError
+        One of several servers left; what it had answered is kept.
     PipelineError
         The run can't go on: the server stays away, or a model was replaced.
     """
@@ -2246,9 +2276,10 @@ class Interview:
         told: Callable[[Answer], object],
     ) -> None:
         self._picture, self._answers, self._told = picture, answers, told
+        self.book = answers.book
         self.open, self._unanswered = deque(missing), len(missing)
         self._over = asyncio.Event()
-        self._failure: RejectedError | None = None
+        self._failure: PipelineError | None = None
 
     async def run(self, turn: Turn) -> None:
         """Ask all; ends the turn when the last question is under way."""
@@ -2274,7 +2305,7 @@ class Interview:
         question = self.open.popleft()
         try:
             await self._until_usable(question, slot.server)
-        except RejectedError as error:
+        except (RejectedError, ServerAwayError) as error:
             self._failure = error
             self._unanswered -= len(self.open)
             self.open.clear()
@@ -2288,8 +2319,10 @@ class Interview:
         for _ in range(TEXT_ATTEMPTS):
             attempt = len(answers.attempts(question))
             seed = question.seed(picture.image_id, attempt)
+            started = time.monotonic()
             reply = await server.answer(picture.png, question.prompt, seed)
-            answers.keep(question, attempt, reply)
+            server.count(started)
+            answers.keep(question, attempt, {**reply, "server": server.url})
             answer = answers.attempts(question)[attempt]
             server.note(answer, picture.image_id)
             self._told(answer)
@@ -2331,16 +2364,20 @@ class SightTest:
     own question.
     """
 
-    def __init__(self, slots: Sequence[Slot], book: AnswerBook) -> None:
+    def __init__(self, slots: list[Slot], book: AnswerBook) -> None:
         self._slots, self._book, self._one_at_a_time = slots, book, asyncio.Lock()
         self._counted, self.seconds = 0, 0.0
-        servers = {slot.server.url: slot.server for slot in slots}
+
+    @property
+    def _seen(self) -> dict[str, Any]:
+        """Who is tested."""
+        servers = {slot.server.url: slot.server for slot in self._slots}
         facts = [one.facts for one in servers.values()]
-        self._seen = {
+        return {
             "servers": [f"{url} {one.version}" for url, one in servers.items()],
             "digests": sorted({f.vlm_digest + f.embedder_digest for f in facts}),
-            "slots": len(slots),
-            "engine": book.engine,
+            "slots": len(self._slots),
+            "engine": self._book.engine,
         }
 
     def last_pass(self) -> str:
@@ -2363,8 +2400,10 @@ class SightTest:
             if changed or self._book.kept - self._counted >= SIGHT_EVERY:
                 await self.run()
 
-    async def run(self) -> list[NDArray[np.float64]]:
+    async def run(self, may_drop: bool = False) -> list[NDArray[np.float64]]:
         """Test all slots; if one fails the answers since the last pass are set aside.
+
+        With `may_drop` the run goes on without its server, where there is another.
 
         Returns
         -------
@@ -2374,15 +2413,21 @@ class SightTest:
         Raises
         ------
         PipelineError
-            A slot does not see.
+            A slot does not see, or all servers went away.
         """
         started, self._counted = time.monotonic(), self._book.kept
         async with AsyncExitStack() as held:
             for slot in self._slots:
-                slot.server.changed = False
                 await held.enter_async_context(slot.free)
-            seen = await self._look()
+            slots = [slot for slot in self._slots if not slot.server.away]
+            for slot in slots:
+                slot.server.changed = False
+            looks = await self._look(slots)
         self.seconds += time.monotonic() - started
+        slots = [s for s, rows in zip(slots, looks, strict=True) if rows is not None]
+        seen = [rows for rows in looks if rows is not None]
+        if not seen:
+            raise PipelineError("all servers went away: run the same command again")
         found = [_own_and_other(rows) for rows in seen]
         doubts = [found]
         # A server picks its slots itself: a blind one may have answered in several.
@@ -2393,20 +2438,27 @@ class SightTest:
             # Always one picture late is as good as seeing, but for the names.
             doubts.append([_distances(rows, former) for rows in seen])
         counts = np.array(
-            [[np.sum(p[..., 0] >= p[..., 1]) for p in slots] for slots in doubts]
+            [[np.sum(p[..., 0] >= p[..., 1]) for p in each] for each in doubts]
         )
         if counts.max() > 1 or counts[1].sum() > 1:
             worst = int(counts.max(axis=0).argmax())
-            slot, wrong = self._slots[worst], counts.max(axis=0)[worst]
-            aside = self._book.set_aside(self.last_pass())
-            self._book.distrusted = BlindError(
-                f"slot {worst + 1} of the server at {slot.server.url} (Ollama "
-                f"{slot.server.version}) does not see the pictures it is sent "
+            server, aside = slots[worst].server, self._book.set_aside(self.last_pass())
+            own = [slot for slot in slots if slot.server is server]
+            wrong = counts.max(axis=0)[worst]
+            error = BlindError(
+                f"slot {own.index(slots[worst]) + 1} of the server at {server.url} "
+                f"(Ollama {server.version}) does not see the pictures it is sent "
                 f"({wrong} of {len(found[worst])} answers fit another); {aside} "
                 "answers since the last passed test are set aside: restart the server "
                 "or try another version of Ollama, then run the same command again"
             )
-            raise self._book.distrusted
+            if not may_drop or len(own) == len(slots):
+                self._book.distrusted = error
+                raise error
+            server.tell(f"warning: goes on without {server.url}: {error}")
+            server.away = True
+            self._slots[:] = [slot for slot in self._slots if slot.server != server]
+            return await self.run(may_drop)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         mean: NDArray[np.float32] = np.asarray(np.mean(seen, axis=0), np.float32)
         means = [pack_vector(row) for row in mean]
@@ -2423,28 +2475,34 @@ class SightTest:
         sides = np.split(np.array([unpack_vector(one) for one in last["means"]]), 2)
         return np.array([side.mean(axis=0, keepdims=True) for side in sides])
 
-    async def _look(self) -> list[NDArray[np.float32]]:
+    async def _look(self, slots: Sequence[Slot]) -> list[NDArray[np.float32] | None]:
         """Of each slot, embedded answers about the disc, then the bars, (n, features).
 
-        In step, so that a server needs all its slots for each question.
+        In step, so that a server needs all its slots for each question. None where a
+        server went away.
         """
-        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in self._slots]
+        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in slots]
         for question in questions("generic", SIGHT_QUESTIONS):
             for side, png in enumerate(sight_pictures()):
-                calls = [
-                    slot.server.answer(png, question.prompt, random.getrandbits(31))
-                    for slot in self._slots
-                ]
-                for kept, reply in zip(
-                    texts, await asyncio.gather(*calls), strict=True
-                ):
-                    text = judged(reply).text or "nothing"
+                said = [self._say(slot.server, png, question.prompt) for slot in slots]
+                for kept, text in zip(texts, await asyncio.gather(*said), strict=True):
                     kept[side].append(self._book.prefix + text)
-        unseen, seen = np.zeros_like(self._book.facts.probe), []
-        for slot, (disc, bars) in zip(self._slots, texts, strict=True):
-            rows = await slot.server.embed([*disc, *bars])
-            seen.append(np.array([unseen if row is None else row for row in rows]))
+        unseen = np.zeros_like(self._book.facts.probe)
+        seen: list[NDArray[np.float32] | None] = []
+        for slot, (disc, bars) in zip(slots, texts, strict=True):
+            rows: Vectors = []
+            with suppress(ServerAwayError):
+                if not slot.server.away:
+                    rows = await slot.server.embed([*disc, *bars])
+            full = [unseen if row is None else row for row in rows]
+            seen.append(np.array(full) if full else None)
         return seen
+
+    async def _say(self, server: "VlmServer", png: bytes, prompt: str) -> str:
+        with suppress(ServerAwayError):
+            reply = await server.answer(png, prompt, random.getrandbits(31))
+            return judged(reply).text or "nothing"
+        return "nothing"
 
     @property
     def is_open(self) -> bool:
@@ -2479,10 +2537,11 @@ def _distances(
 async def only_sight(
     cfg: config.Config, tell: Callable[[str], object]
 ) -> list[NDArray[np.float64]]:
-    """One sight test of the server as it is, kept nowhere; see `SightTest.run`."""
-    async with VlmServer(cfg, tell) as server:
-        book = AnswerBook(None, cfg, await server.preflight())
-        return await SightTest(slots_of(cfg, [server]), book).run()
+    """One sight test of the servers as they are, kept nowhere; see `SightTest.run`."""
+    async with open_servers(cfg, tell) as named:
+        servers, facts = await preflight(named, cfg)
+        slots = slots_of(cfg, servers)
+        return await SightTest(slots, AnswerBook(None, cfg, facts)).run()
 
 
 def sight_lines(found: Sequence[NDArray[np.float64]]) -> Iterator[str]:
@@ -2504,6 +2563,253 @@ def run_async(main: Coroutine[Any, Any, Result]) -> Result:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
+
+
+# All servers: who they are, and whether they answer alike.
+
+
+@asynccontextmanager
+async def open_servers(
+    cfg: config.Config, tell: Callable[[str], object]
+) -> AsyncIterator[list["VlmServer"]]:
+    """The servers of --host or of the workers of --dask, none twice."""
+    named = {server_url(one): one for one in cfg.one_per_host()}
+    async with AsyncExitStack() as opened:
+        servers = [VlmServer(one, tell) for one in named.values()]
+        if cfg.dask:
+            ways = await _dask_ways(cfg, tell, opened)
+            servers = [VlmServer(cfg, tell, way) for way in ways]
+        for server in servers:
+            server.alone = len(servers) == 1
+            await opened.enter_async_context(server)
+        yield servers
+
+
+async def passing(
+    servers: Sequence["VlmServer"],
+    check: Callable[["VlmServer"], Awaitable[object]],
+    cfg: config.Config,
+) -> list["VlmServer"]:
+    """All servers if they pass; with --any-host those that do.
+
+    Raises
+    ------
+    PipelineError
+        Why one does not pass.
+    """
+    outcomes = await asyncio.gather(*map(check, servers), return_exceptions=True)
+    good, several = [], len(servers) > 1
+    for server, error in zip(servers, outcomes, strict=True):
+        if not isinstance(error, BaseException):
+            good.append(server)
+        elif not (several and isinstance(error, PipelineError)):
+            raise error
+        elif not cfg.any_host:
+            raise PipelineError(f"{error}; or go on without it: --any-host")
+        else:
+            server.tell(f"warning: goes on without {server.url}: {error}")
+    if not good:
+        raise PipelineError("none of the servers can be used: see the lines above")
+    return good
+
+
+async def preflight(
+    servers: Sequence["VlmServer"], cfg: config.Config
+) -> tuple[list["VlmServer"], ServerFacts]:
+    """Those that do their work and answer like the first; what is true of all."""
+
+    async def alike(server: VlmServer) -> None:
+        mine, other = server.facts, first.facts
+        near = cosine(mine.probe, other.probe)
+        differs = {
+            f"has another {cfg.vlm}": mine.vlm_digest != other.vlm_digest,
+            f"has another {cfg.embed_model}": (
+                mine.embedder_digest != other.embedder_digest
+            ),
+            f"embeds otherwise (cosine {near:.4f})": near < SAME_EMBEDDING,
+        }
+        for reason in (text for text, is_so in differs.items() if is_so):
+            raise PipelineError(
+                f"the server at {server.url} (Ollama {server.version}) {reason} than "
+                f"{first.url} (Ollama {first.version}): give both the same Ollama and "
+                "the same models with `ollama pull`"
+            )
+
+    good = await passing(servers, VlmServer.preflight, cfg)
+    first = good[0]
+    good = await passing(good, alike, cfg)
+    both = all(server.facts.both_loaded for server in good)
+    return good, replace(first.facts, both_loaded=both)
+
+
+def work_done(servers: Sequence["VlmServer"]) -> Iterator[str]:
+    """Which of several servers answered how many questions, and how fast."""
+    for server in servers if len(servers) > 1 else ():
+        each = server.busy_s / max(server.answered, 1)
+        yield f"{server.url}: {server.answered} answers, {each:.2f} s each"
+
+
+# Dask: its workers are ways to other Ollama servers, one task a request.
+
+LOOK_S = 2.0
+"""Seconds without an answer after which it is seen whether the worker lives."""
+
+
+class DaskWay:
+    """Transport of an httpx client: Dask workers send the requests to their own server.
+
+    Only method, path, body and reply travel. Workers that ask the same server are one
+    way: the task of one that dies goes to another, or to it when it is started again.
+    """
+
+    def __init__(self, client: Any, name: str, workers: list[str]) -> None:
+        self._client, self.name, self.workers = client, name, workers
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """As httpx wants it; ConnectError where no worker is left, or its server."""
+        import httpx  # noqa: PLC0415
+
+        asked = request.method, request.url.raw_path.decode(), await request.aread()
+        try:
+            while not (reply := await self.run("own_server_says", *asked)):
+                alive = [*await self._client.nthreads()]
+                every = [DaskWay(self._client, "", [worker]) for worker in alive]
+                names = [(await one.run("own_server"))[1:] for one in every]
+                pairs = zip(alive, names, strict=True)
+                self.workers = [
+                    worker for worker, name in pairs if name == (self.name,)
+                ]
+                if not self.workers:
+                    raise OSError("its Dask worker left")
+        except (OSError, RuntimeError) as error:
+            raise httpx.ConnectError(str(error)) from None
+        status, location, content = reply
+        return httpx.Response(status, headers={"location": location}, content=content)
+
+    async def aclose(self) -> None:
+        """As httpx wants it; other ways share the client."""
+
+    async def run(self, function: str, *asked: object) -> tuple[Any, ...]:
+        """Run a function of this module on a worker; () where none is left."""
+
+        async def here(function: str, *asked: object) -> Any:
+            # It travels as code, since the scheduler does not have this module.
+            module = importlib.import_module("utils")
+            return await getattr(module, function)(*asked)
+
+        if self._client.status == "closed":
+            raise PipelineError(
+                "the Dask scheduler left: start it, then run the same command again; "
+                "every answer so far is kept"
+            )
+        future = self._client.submit(
+            here, function, *asked, workers=self.workers, pure=False
+        )
+        result = asyncio.ensure_future(future.result())
+        try:
+            while not (await asyncio.wait({result}, timeout=LOOK_S))[0]:
+                if not {*self.workers} & {*await self._client.nthreads()}:
+                    return ()
+            dask: Any = importlib.import_module("distributed")
+            lost = dask.KilledWorker, dask.CancelledError
+            if result.cancelled() or isinstance(result.exception(), lost):
+                return ()
+            return cast(tuple[Any, ...], result.result())
+        finally:
+            result.cancel()
+            future.release()
+
+
+async def own_server() -> tuple[str, str]:
+    """On a Dask worker: the version of the program, and the server it leads to."""
+    return config.PROGRAM_VERSION, f"{server_url(config.Config())} on {gethostname()}"
+
+
+async def own_server_says(
+    method: str, path: str, body: bytes
+) -> tuple[int, str, bytes]:
+    """On a Dask worker: status, new location and content of its server's reply."""
+    client, headers = _own_client(), {"content-type": "application/json"}
+    try:
+        reply = await client.request(method, path, content=body, headers=headers)
+    except _server_away() as error:
+        raise OSError(_short(error)) from None
+    return reply.status_code, reply.headers.get("location", ""), reply.content
+
+
+@cache
+def _own_client() -> Any:
+    return VlmServer(config.Config(), lambda _: None)._client._client
+
+
+async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
+    """A client of the scheduler at --dask, or of local:N workers in its stead."""
+    try:
+        distributed: Any = importlib.import_module("distributed")
+    except ImportError:
+        raise PipelineError("--dask needs Dask: pip install '.[cluster]'") from None
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    scheduler: Any = cfg.dask
+    if cfg.dask.startswith("local:"):
+        workers = {}
+        for n in range(int(cfg.dask.removeprefix("local:"))):
+            hosts = [one.host_url for one in cfg.one_per_host()]
+            settings = {"nthreads": cfg.in_flight, "silence_logs": logging.ERROR}
+            env = {"OLLAMA_HOST": hosts[n % len(hosts)]}
+            workers[n] = {"cls": distributed.Nanny, "options": settings | {"env": env}}
+        own = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1"}}
+        scheduler = distributed.SpecCluster(workers, own, asynchronous=True)
+        await opened.enter_async_context(scheduler)
+    elif cfg.host:
+        raise PipelineError("a Dask worker asks its own OLLAMA_HOST: leave --host out")
+    try:
+        client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
+        return await opened.enter_async_context(client)
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"no Dask scheduler answers at {cfg.dask} ({_short(error)}): start it with "
+            "`dask scheduler` or use --dask local:2"
+        ) from None
+
+
+async def _dask_ways(
+    cfg: config.Config, tell: Callable[[str], object], opened: AsyncExitStack
+) -> list[DaskWay]:
+    """The ways that the workers lead."""
+    client, ways = await _dask_client(cfg, opened), dict[str, DaskWay]()
+    for worker, threads in (await client.nthreads()).items():
+        way = DaskWay(client, "", [worker])
+        if problem := await _unfit(way, threads, cfg):
+            said = f"the Dask worker at {worker}: it {problem}"
+            if not cfg.any_host:
+                raise PipelineError(
+                    f"can't use {said}; or go on without it: --any-host"
+                )
+            tell(f"warning: goes on without {said}")
+        elif way.name in ways:
+            ways[way.name].workers += [worker]
+        else:
+            ways[way.name] = way
+    if not ways:
+        raise PipelineError(
+            f"no worker to use: start one with `dask worker {cfg.dask}`"
+        )
+    return list(ways.values())
+
+
+async def _unfit(way: DaskWay, threads: int, cfg: config.Config) -> str:
+    """Why a worker can't be used, or "" and the way has its name."""
+    try:
+        program, way.name = await way.run("own_server") or ("left", "")
+    except Exception as error:
+        return (
+            f"can't run the program ({type(error).__name__}: {error}): set its "
+            "PYTHONPATH to the program's folder, and use the same Python"
+        )
+    if program != config.PROGRAM_VERSION:
+        return f"has program {program}, not {config.PROGRAM_VERSION}"
+    few = f"has too few threads: start it with --nthreads {cfg.in_flight}"
+    return few if threads < cfg.in_flight else ""
 
 
 # One server: what it has, one call, and what can go wrong with it.
@@ -2542,12 +2848,15 @@ def is_loopback(url: str) -> bool:
 
 
 def distance_warning(cfg: config.Config) -> str:
-    """Names a server that is not this machine, before images go there; else empty."""
-    url = server_url(cfg)
-    if is_loopback(url):
-        return ""
-    plain = "" if url.startswith("https") else ", unencrypted"
-    return f"the images leave this machine for {url}{plain}"
+    """Names the servers that are not this machine, before images go there; or empty."""
+    urls = [
+        url for one in cfg.one_per_host() if not is_loopback(url := server_url(one))
+    ]
+    if cfg.dask and not cfg.dask.startswith("local:"):
+        urls = [cfg.dask]
+    plain = {True: "", False: ", unencrypted"}
+    far = [f"{url}{plain[url.startswith(('https', 'tls'))]}" for url in urls]
+    return f"the images leave this machine for {' and '.join(far)}" if far else ""
 
 
 @cache
@@ -2584,13 +2893,25 @@ class VlmServer:
     ----------
     tell : callable
         Takes a line about what takes a while or has changed.
+    way : DaskWay, optional
+        Leads to the server; without it that of --host is asked.
     """
 
-    def __init__(self, cfg: config.Config, tell: Callable[[str], object]) -> None:
-        self._cfg, self._tell, self.url = cfg, tell, server_url(cfg)
+    def __init__(
+        self,
+        cfg: config.Config,
+        tell: Callable[[str], object],
+        way: DaskWay | None = None,
+    ) -> None:
+        self._cfg, self.tell, self._way = cfg, tell, way
+        self.url = way.name if way else server_url(cfg)
         self.version, self.embedding_s = "", 0.0
         self.changed = False
         """It was away, or is another version, since this was last set to False."""
+        self.alone, self.away = True, False
+        """One alone is waited for inside a call; several leave their images."""
+        self.answered, self.busy_s, self._last = 0, 0.0, 0.0
+        """Answers, and the seconds in which at least one was under way."""
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery = asyncio.Lock()
         self._given_up_in_a_row = self._n_features = 0
@@ -2602,6 +2923,8 @@ class VlmServer:
     def _connect(self) -> Any:
         import httpx  # noqa: PLC0415
 
+        if self._way:
+            return _ollama().AsyncClient("http://dask", transport=self._way)
         login = urlsplit(self._cfg.host_url)
         try:
             return _ollama().AsyncClient(
@@ -2669,7 +2992,7 @@ class VlmServer:
         """
         await self.check_models()
         vlm, embedder = self._cfg.vlm, self._cfg.embed_model
-        self._tell(f"loading {embedder} and {vlm} on the server")
+        self.tell(f"loading {embedder} and {vlm} on the server at {self.url}")
         digests = await self._call("list its models", self._digests)
         # The VLM last: where both don't fit, it is the one that stays.
         probe = await self._probe_embedder()
@@ -2722,14 +3045,14 @@ class VlmServer:
                 )
         version = await self._call("say its version", self._ask_version)
         if version != self.version:
-            self._tell(f"Ollama at {self.url} is {version} now, was {self.version}")
+            self.tell(f"Ollama at {self.url} is {version} now, was {self.version}")
             self.version, self.changed = version, True
         if not facts.gpu_share or self._cfg.keep_alive == "0":
             return
         with suppress(*_failures()):
             _, share = await self._residence()
             if share < facts.gpu_share / 2:
-                self._tell(
+                self.tell(
                     f"warning: {share:.0%} of {self._cfg.vlm} is on the GPU, it was "
                     f"{facts.gpu_share:.0%}: answers are slow; see the server's log"
                 )
@@ -2763,7 +3086,7 @@ class VlmServer:
                 if step.total:
                     line += f" {5 * int(20 * (step.completed or 0) / step.total)} %"
                 if line != told:  # the server reports every few milliseconds
-                    self._tell(line)
+                    self.tell(line)
                 told = line
         except _failures() as error:
             raise PipelineError(
@@ -2797,7 +3120,7 @@ class VlmServer:
             together = [None] * len(texts)
         pairs = zip(alone, together, strict=True)
         if not all(a is b or _alike(a, b) for a, b in pairs):
-            self._tell(f"{model} embeds lists otherwise: one text a request")
+            self.tell(f"{model} embeds lists otherwise: one text a request")
             self._chunk = 1
         return probe
 
@@ -2839,6 +3162,12 @@ class VlmServer:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "server_version": self.version,
         }
+
+    def count(self, started: float) -> None:
+        """Take one answer into the account of the run."""
+        now = time.monotonic()
+        self.busy_s += now - max(started, self._last)
+        self.answered, self._last = self.answered + 1, now
 
     def note(self, answer: Answer, image_id: str) -> None:
         """Stop a run whose answers can't be used: the server is ill, not the images."""
@@ -2934,6 +3263,8 @@ class VlmServer:
         )
 
         async def once() -> Result:
+            if self.away:
+                raise ServerAwayError(f"the server at {self.url} went away")
             async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
                 return await request()
 
@@ -2954,41 +3285,53 @@ class VlmServer:
         return result
 
     async def _if_away(self, state: Any) -> None:
-        """Before the next try: wait for a server that does not answer at all."""
+        """Before the next try: a server that does not answer at all is waited for."""
         if isinstance(state.outcome.exception(), _server_away()):
-            async with self._recovery:
-                await self._wait_for_server()
-                self.changed = True
+            if self.alone:
+                await self.until_back()
+            elif self.away or await self._missing():
+                self.away = True
+                raise ServerAwayError(f"the server at {self.url} went away")
 
-    async def _wait_for_server(self) -> None:
+    async def _missing(self) -> str:
+        """Why the server does not answer; "" when it does, with the VLM loaded."""
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                loaded = (await self._client.ps()).models
+            if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
+                async with asyncio.timeout(LOAD_S):
+                    await self._load_vlm()
+        except _failures() as error:
+            if not _may_pass(error):
+                raise
+            return _short(error)
+        return ""
+
+    async def until_back(self, shared: Slots | None = None) -> None:
         """Return when the server answers, with the VLM loaded again if need be.
 
-        What counts is the pauses: a workstation that slept has not waited.
+        What counts is the pauses in which no other server works: a workstation that
+        slept has not waited. Where the others finish without it, it returns, too.
         """
-        waited, pause = 0.0, min(2.0, FIRST_PAUSE_S * 4)
-        while True:
-            try:
-                async with asyncio.timeout(CONNECT_S):
-                    loaded = (await self._client.ps()).models
-                if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
-                    async with asyncio.timeout(LOAD_S):
-                        await self._load_vlm()
-                return
-            except _failures() as error:
-                why = f"({_short(error)})"
-                if not _may_pass(error):
-                    raise
-            if not waited:
-                wait = f"waiting up to {self._cfg.wait:.0f} s"
-                self._tell(f"the server at {self.url} is away {why}: {wait}")
-            if waited >= self._cfg.wait:
-                raise PipelineError(
-                    f"the server at {self.url} has not answered for {waited:.0f} s "
-                    f"{why}: start it with `ollama serve` and run the same command "
-                    "again; every answer so far is kept"
-                )
-            await asyncio.sleep(pause)
-            waited += pause
+        waited, told, pause = 0.0, False, min(2.0, FIRST_PAUSE_S * 4)
+        async with self._recovery:
+            while why := await self._missing():
+                works = shared and not all(one.away for one in shared.servers)
+                if shared and works and not shared.unfinished:
+                    return
+                if not told:
+                    wait = "its images go to the others, " if works else ""
+                    wait += f"waiting up to {self._cfg.wait:.0f} s"
+                    self.tell(f"the server at {self.url} is away ({why}): {wait}")
+                if waited >= self._cfg.wait and not works:
+                    raise PipelineError(
+                        f"the server at {self.url} has not answered for {waited:.0f} s "
+                        f"({why}): start it with `ollama serve` and run the same "
+                        "command again; every answer so far is kept"
+                    )
+                await asyncio.sleep(pause)
+                waited, told = 0.0 if works else waited + pause, True
+            self.away, self.changed = False, True
 
 
 _PROBE_LIST = (

@@ -1,6 +1,8 @@
 """All four scripts, run as a person runs them, on a small collection."""
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +11,7 @@ from pathlib import Path
 import demo
 import phantoms
 import pytest
+from dicom_samples import posix
 from fake_ollama import FakeOllama
 
 import config
@@ -118,3 +121,25 @@ def test_installing_puts_none_of_our_modules_into_site_packages() -> None:
         pytest.skip("the project is not installed here")
     names = {Path(str(file)).name for file in files}
     assert names.isdisjoint({"config.py", "utils.py"})
+
+
+@posix
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_ctrl_c_while_the_libraries_load_shows_no_traceback(
+    script: Path, tmp_path: Path
+) -> None:
+    slow = "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "numpy.py").write_text(slow)
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert errors == ""
+    assert process.returncode == -signal.SIGINT
