@@ -5,9 +5,9 @@
 
 Every stand-in, the scheduler and every worker is a process of its own. The stand-ins
 sleep half the time of a GPU (some 0.2 s an answer, one slot), so that two cores can
-serve four of them. "asking" is from the first answer in the journal to the last; the total
-has start, reading and writing as well. The overhead is what "asking" with one server
-takes beside the time that the server was busy, by answer.
+serve four of them. "asking" is from the first answer in the journal to the last; the
+total has start, reading and writing as well. "ms over" is what asking takes beside the
+time that the servers were busy, by answer.
 """
 
 import argparse
