@@ -21,6 +21,11 @@ files that were moved to datos_etiquetados/ in the meantime.
     python fase1_descompresion.py --labels etiquetas.csv    moves what was marked
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import csv
 import errno
 import faulthandler
@@ -34,7 +39,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
 import threading
@@ -453,7 +457,8 @@ def _convert(task: Task, outcome: Outcome) -> None:
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
     outcome.record = record_of(dataset, pixels, uid, notes)
     outcome.name = output_name(outcome.record, outcome.identity)
-    outcome.thumbnail = utils.preview(pixels, dataset)
+    with suppress(Exception):  # what can't be shown is an image all the same
+        outcome.thumbnail = utils.preview(pixels, dataset)
 
 
 def kind_of(dataset: Dataset, about: Mapping[str, str]) -> str:
@@ -803,7 +808,8 @@ class State:
             utils.remove_file(task.temporary)
         self.counts[kind] += 1
         self._settled.add(name)
-        self.thumbnail(name, outcome.thumbnail)
+        if outcome.thumbnail:
+            self.thumbnail(name, outcome.thumbnail)
         key = self._key(task.source)
         if kind == "written" or name not in self.outputs:
             self._of_identity[outcome.identity] += name not in self.outputs
@@ -930,22 +936,46 @@ class State:
         found = self._labelled.get(self.outputs[name]["identity"], [])
         return min(found, key=lambda path: path.name != name, default=None)
 
-    def sheet(self) -> utils.Sheet:
+    def write_sheet(self) -> None:
+        """Write the page of all images, unless they and their classes are the same."""
+        path, tiles = self.folder / config.SHEET, list(self._tiles())
+        about = hashlib.sha256(repr((self._knobs, tiles)).encode()).hexdigest()
+        if path.exists() and self._journal.get("sheet") == {"about": about}:
+            return
+        pictures = dict[str, bytes]()
+        for tile in tiles:
+            with suppress(Exception):  # of an output that somebody has damaged
+                pictures[tile.name] = self.thumbnail(tile.name)
+        for start in range(0, len(tiles), utils.PAGE_TILES):
+            part = slice(start, start + utils.PAGE_TILES)
+            places = various([pictures.get(one.name) for one in tiles[part]])
+            both = zip(tiles[part], places, strict=True)
+            tiles[part] = [tile._replace(rank=place) for tile, place in both]
+        sheet = utils.Sheet(
+            title=str(self.folder),
+            folder=str(self.folder.resolve()),
+            tiles=tiles,
+            pictures=pictures,
+            classes=config.CLASS_NAMES,
+            sections=[utils.Section("", [utils.HOW_TO_MARK])],
+            orders=("in order of exposure", "various first"),
+        )
+        utils.page(path, sheet)
+        self._add("sheet", about=about)
+
+    def _tiles(self) -> Iterator[utils.Tile]:
         """The images in the order of exposure, by day and detector."""
-        tiles, pictures = list[utils.Tile](), dict[str, bytes]()
         for row in self._manifest():
             one = {key: str(value) for key, value in row.items()}
-            name, stamp, there = one["output"], one["timestamp"], None
-            with suppress(RejectedError, OSError):
-                there = self._labelled_as(name)
-                pictures[name] = self.thumbnail(name)
+            name, stamp = one["output"], one["timestamp"]
+            there = self._labelled_as(name)
             day, time = "no date", ""
             if stamp != NO_DATE:
                 day = f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}"
                 time = f"{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
             units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
             shown = [form.format(one[key]) for key, form in units.items() if one[key]]
-            tile = utils.Tile(
+            yield utils.Tile(
                 name=name,
                 picture=name,
                 file="" if there else name,
@@ -957,21 +987,6 @@ class State:
                     one["notes"],
                 ],
             )
-            tiles.append(tile)
-        for start in range(0, len(tiles), utils.PAGE_TILES):
-            part = slice(start, start + utils.PAGE_TILES)
-            places = various([pictures.get(one.name) for one in tiles[part]])
-            both = zip(tiles[part], places, strict=True)
-            tiles[part] = [tile._replace(rank=place) for tile, place in both]
-        return utils.Sheet(
-            title=str(self.folder),
-            folder=str(self.folder.resolve()),
-            tiles=tiles,
-            pictures=pictures,
-            classes=config.CLASS_NAMES,
-            sections=[utils.Section("", [utils.HOW_TO_MARK])],
-            orders=("in order of exposure", "various first"),
-        )
 
     # The summary
 
@@ -1281,7 +1296,7 @@ def run(cfg: Config) -> int:
         if not state.counts:
             raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
         state.write_lists()
-        utils.page(folder / config.SHEET, state.sheet())
+        state.write_sheet()
         report(state)
     return utils.EXIT_SOME_FAILED if state.counts["rejected"] else utils.EXIT_DONE
 

@@ -16,6 +16,11 @@ only, one decision per image, by the very rule that phase 4 applies.
     python fase3_entrenamiento_svc.py --search short --group-by day
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import io
 import logging
 import os
@@ -25,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +199,12 @@ def load_dataset(folder: Path, cfg: Config) -> Dataset:
         utils.check_digest(folder / name, manifest["sha256"].get(name), PHASE_2)
     rows, y, pixels = (load_array(folder / name) for name in arrays)
     table, lines = (utils.read_csv(folder / name) for name in tables)
-    if problem := next(find_problems(rows, y, pixels, table, lines), ""):
+    ids = list(dict.fromkeys(row["image_id"] for row in table))
+    problems = chain(
+        array_problems(rows, y, pixels, len(table), len(ids)),
+        table_problems(y.tolist(), table, [line["image_id"] for line in lines], ids),
+    )
+    if problem := next(problems, ""):
         raise PipelineError(f"{folder}: {problem}: {PHASE_2}")
     return average_rows(rows, np.array(pixels), table, lines, cfg, manifest)
 
@@ -207,33 +218,38 @@ def load_array(path: Path) -> NDArray[Any]:
     return array
 
 
-def find_problems(
+def array_problems(
     rows: NDArray[Any],
     y: NDArray[Any],
     pixels: NDArray[Any],
-    table: list[dict[str, str]],
-    lines: list[dict[str, str]],
+    n_rows: int,
+    n_images: int,
 ) -> Iterator[str]:
-    """How the files break the contract or contradict each other."""
-    x, ids = config.DATASET_X, list(dict.fromkeys(row["image_id"] for row in table))
+    """How the arrays break the contract."""
     if rows.dtype != np.float32 or rows.ndim != 2:
-        yield f"{x} is {rows.dtype} {rows.shape}, not float32 (n, d)"
-    if pixels.dtype != np.float32 or pixels.shape != (len(ids), 40):
+        yield f"{config.DATASET_X} is {rows.dtype} {rows.shape}, not float32 (n, d)"
+    if pixels.dtype != np.float32 or pixels.shape != (n_images, 40):
         found = f"{config.DATASET_PIXELS} is {pixels.dtype} {pixels.shape}"
-        yield f"{found}, not float32 ({len(ids)}, 40)"
-    if not len(rows) == len(y) == len(table) > 0:
-        lengths = f"{len(rows)}, {len(y)} and {len(table)}"
+        yield f"{found}, not float32 ({n_images}, 40)"
+    if not len(rows) == len(y) == n_rows > 0:
+        lengths = f"{len(rows)}, {len(y)} and {n_rows}"
         yield f"the dataset files have {lengths} rows, which should be equal"
     steps = range(0, len(rows), 512)  # never all of them in memory
     if not all(np.isfinite(rows[i : i + 512]).all() for i in steps):
-        yield f"{x} holds values that are not finite"
+        yield f"{config.DATASET_X} holds values that are not finite"
     if not np.isfinite(pixels).all():
         yield f"{config.DATASET_PIXELS} holds values that are not finite"
-    if [row["class"] for row in table] != y.tolist():
+
+
+def table_problems(
+    y: list[str], table: list[dict[str, str]], listed: list[str], ids: list[str]
+) -> Iterator[str]:
+    """How the tables contradict the arrays and each other."""
+    if [row["class"] for row in table] != y:
         yield f"{config.DATASET_Y} and {config.DATASET_ROWS} name other classes"
-    if [line["image_id"] for line in lines] != ids:
+    if listed != ids:
         yield f"{config.DATASET_IMAGES} and {config.DATASET_ROWS} name other images"
-    if len(np.unique(y)) < 2:
+    if len(set(y)) < 2:
         yield f"one class only ({y[0]}); label images of at least one more"
     generic = {row["image_id"] for row in table if row["prompt_set"] == "generic"}
     if generic not in (set(), set(ids)):
@@ -365,14 +381,15 @@ def trainable(data: Dataset, splits: Sequence[Split]) -> bool:
 
 
 def track(splits: Sequence[Split], what: str) -> Iterator[Split]:
-    """The splits behind a bar; off a terminal with a line every 15 s, and a last one."""
+    """The splits behind a bar; off a terminal behind a line every 15 s, and a last."""
     quiet = not log.isEnabledFor(logging.INFO)
-    told = time.monotonic()
+    told = start = time.monotonic()
     with tqdm(splits, what, disable=quiet or None, leave=False) as bar:
         for number, split in enumerate(splits, 1):
             yield split
             bar.update()
-            if bar.disable and time.monotonic() - told > 15:
+            late = time.monotonic() - told > 15
+            if bar.disable and (late or (number == len(splits) and told > start)):
                 log.info("%s: %d of %d", what, number, len(splits))
                 told = time.monotonic()
 
@@ -382,9 +399,8 @@ def fit_words(
 ) -> Pipeline:
     """The descriptions' reader, on the vectors of these images (of those in `use`)."""
     chosen = training[data.image] if use is None else training[data.image] & use
-    svc = SVC(
-        kernel=KERNELS[candidate[0]], C=candidate[1], decision_function_shape="ovo"
-    )
+    kernel, c = candidate
+    svc = SVC(kernel=KERNELS[kernel], C=c, decision_function_shape="ovo")
     return make_pipeline(StandardScaler(), svc).fit(
         data.vectors[chosen],
         data.labels[data.image[chosen]],
@@ -655,22 +671,22 @@ class Decided:
 def cross_fit(data: Dataset, judged: Judged, splits: Sequence[Split]) -> Decided:
     """Decide on the images of each fold by what was found on the others."""
     scores, last = judged[data.k], str(data.stages[-1])
-    numbers = np.zeros((4, *scores.shape[:2]), np.intp)
-    decided = Decided(np.zeros_like(scores), *numbers, [""] * len(data.labels))
+    label, questions, at_once, alone = np.zeros((4, *scores.shape[:2]), np.intp)
+    reasons = [""] * len(data.labels)
+    probabilities = np.zeros_like(scores)
     for repeat, others, images in splits:
         limits = find_thresholds(data, judged, others)
-        at_once = limits | {"stages": {last: limits["stages"][last]}}
-        shares = softmax(limits["stages"][last]["factor"] * scores[repeat, images])
-        decided.probabilities[repeat, images] = shares
+        one_stage = limits | {"stages": {last: limits["stages"][last]}}
+        factor = limits["stages"][last]["factor"]
+        probabilities[repeat, images] = softmax(factor * scores[repeat, images])
         for image in np.flatnonzero(images):
             at = repeat, int(image)
-            label, questions, reason = answer(data.classes, judged, at, limits)
-            decided.label[at], decided.questions[at] = label, questions
-            decided.all_asked[at] = answer(data.classes, judged, at, at_once)[0]
-            decided.one_reader[at] = answer(data.classes, judged, at, limits, True)[0]
+            label[at], questions[at], reason = answer(data.classes, judged, at, limits)
+            at_once[at] = answer(data.classes, judged, at, one_stage)[0]
+            alone[at] = answer(data.classes, judged, at, limits, one_reader=True)[0]
             if repeat == 0:
-                decided.reasons[image] = reason
-    return decided
+                reasons[image] = reason
+    return Decided(probabilities, label, questions, at_once, alone, reasons)
 
 
 # --- Estimates. Repeats are averaged: they are the same images, so n stays ------------
@@ -1084,7 +1100,8 @@ def write_model(
 ) -> None:
     """Fit on all images and write every file; METRICS last: the folder is complete.
 
-    `drawing` is a PNG, or empty. The classifier has the last stage's factor; the other stages' are relative to it.
+    `drawing` is a PNG, or empty. The classifier has the last stage's factor; the other
+    stages' are relative to it.
     """
     labels = np.array(data.classes)[data.labels]
     svc = SVC(
@@ -1182,8 +1199,8 @@ def shown(value: Any) -> str:
 
 
 def in_points(gap: Mapping[str, Any]) -> str:
-    low, high = (100 * limit for limit in gap["interval"])
-    return f"{100 * gap['value']:+.0f} points ({low:+.0f} to {high:+.0f})"
+    value, low, high = (round(100 * x) for x in (gap["value"], *gap["interval"]))
+    return f"{value:+d} points ({low:+d} to {high:+d})"
 
 
 def shortened(name: str) -> str:
@@ -1202,13 +1219,13 @@ def report_lines(metrics: Mapping[str, Any], verbose: bool) -> Iterator[str]:
     if part:
         images = f"{part['images']} of {part['labelled']} labelled images"
     yield (
-        f"{images}, {metrics['rows']} rows, described by {made.get('vlm')}, embedded by "
-        f"{made.get('embedder')}\n"
+        f"{images}, {metrics['rows']} rows, described by {made.get('vlm')}, embedded "
+        f"by {made.get('embedder')}\n"
     )
     stages = " or ".join(metrics["thresholds"]["stages"])
     yield (
-        f"What phase 4 will do: new images, {stages} {metrics['asked']} descriptions each"
-        f"\n(held out by {splits['group_by']}, {splits['groups']} groups in "
+        f"What phase 4 will do: new images, {stages} {metrics['asked']} descriptions "
+        f"each\n(held out by {splits['group_by']}, {splits['groups']} groups in "
         f"{splits['folds']} folds, {splits['repeats']} times; brackets: 95 % intervals)"
     )
     yield from (f"  {name:<18} {text}" for name, text in decision_lines(metrics))
@@ -1300,7 +1317,8 @@ def class_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     if len(found) > SHOWN_CLASSES:
         yield f"  (the worst {len(rows)} of {len(found)}: see {config.METRICS})"
         return
-    yield f"\n  Images by the descriptions, mean of {metrics['splits']['repeats']} repeats"
+    repeats = metrics["splits"]["repeats"]
+    yield f"\n  Images by the descriptions, mean of {repeats} repeats"
     yield f"  {'is':<{width}}" + "".join(f" {'-> ' + shortened(n):>11}" for n in rows)
     for name, row in zip(rows, metrics["evaluation"]["confusion_matrix"], strict=True):
         cells = "".join(f" {round(count, 1):>11g}" for count in row)
@@ -1309,11 +1327,7 @@ def class_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
     """What a reader of the estimates must not miss."""
-    found, splits, wrong = (
-        metrics["evaluation"],
-        metrics["splits"],
-        metrics["decision"]["wrong"],
-    )
+    found, splits = metrics["evaluation"], metrics["splits"]
     if metrics["asked"] != "generic":
         yield (
             "NO ROW WAS ASKED WITH THE GENERIC PROMPTS: what phase 4 does can't be "
@@ -1338,6 +1352,13 @@ def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
         yield "not shown to be better than always answering the commonest class"
     if metrics["readers"]["gain"]["interval"][0] <= 0:
         yield "not shown that the descriptions are better than the picture alone"
+    yield from threshold_warnings(metrics)
+    yield from (check["warning"] for check in metrics["checks"] if check["warning"])
+
+
+def threshold_warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Classes that are never answered, and errors above what was aimed at."""
+    wrong = metrics["decision"]["wrong"]
     stages = metrics["thresholds"]["stages"].values()
     silent = [
         shortened(name)
@@ -1348,13 +1369,13 @@ def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
         yield f'no confidence is safe: phase 4 will only say "{config.INCONCLUSIVE}"'
     elif silent:
         yield f"no confidence is safe for {', '.join(silent[:5])}: never answered"
-    if wrong["n"] and wrong["interval"][1] > cfg.max_error:
+    if wrong["n"] and wrong["interval"][1] > metrics["max_error"]:
         yield (
             f"{wrong['value']:.1%} of the answers were wrong, and it may be up to "
-            f"{wrong['interval'][1]:.1%}: the thresholds aim at {cfg.max_error:.0%} "
+            f"{wrong['interval'][1]:.1%}: the thresholds aim at "
+            f"{metrics['max_error']:.0%} "
             "and don't promise it"
         )
-    yield from (check["warning"] for check in metrics["checks"] if check["warning"])
 
 
 # --- The report as a page -------------------------------------------------------------
@@ -1413,9 +1434,7 @@ def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
         classes=names,
         sections=[
             *sections[not metrics["warnings"] :],
-            utils.Section(
-                "Images by the descriptions; a number shows them", (), matrix
-            ),
+            utils.Section("By the descriptions; a number shows its images", (), matrix),
             utils.Section("Figures", charts=charts(metrics)),
             utils.Section("Is the label right? The least probable ones stand first"),
         ],
@@ -1427,20 +1446,18 @@ def charts(metrics: Mapping[str, Any]) -> list[utils.Chart]:
     """Reliability, errors by share answered, accuracy by number of descriptions."""
     found, repeats = metrics["confidence"], metrics["splits"]["repeats"]
     sure = [(x, right, *wilson(right, n / repeats)) for x, right, n in found["bins"]]
-    errors = [
-        (share, error, error, error) for share, error in found["errors_by_answered"]
-    ]
+    # Below a tenth of the images the share of errors is that of a few.
+    errors = [(x, y, y, y) for x, y in found["errors_by_answered"] if x > 0.1]
     top = next(y for y in (0.1, 0.2, 0.4, 1) if y >= max(e[1] for e in errors))
     counted = [
         (float(name.split()[1]), value["value"], *value["interval"])
         for name, value in metrics["comparison"].items()
         if name.startswith("descriptions: ")
     ]
-    most = max((at for at, *_ in counted), default=1.0)
     return [
         utils.Chart("Right, by confidence", "confidence", sure, diagonal=True),
         utils.Chart("Errors, by share answered", "share answered", errors, y_max=top),
-        utils.Chart("Accuracy, by descriptions", "descriptions", counted, x_max=most),
+        utils.Chart("Accuracy", "descriptions", counted, x_max=counted[-1][0]),
     ]
 
 

@@ -17,6 +17,11 @@ Every answer is kept in dataset_final_vlm/descripciones/, the journal of phase 2
 same images with a new model ask nothing.
 """
 
+import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+
 import asyncio
 import csv
 import json
@@ -523,10 +528,11 @@ class Delivery:
 
     def withdraw(self) -> None:
         """The server does not see: what waits is no result."""
-        for result, _ in self._waiting:
+        withdrawn = [result for result, _ in self._waiting]
+        self._waiting.clear()
+        for result in withdrawn:
             result.decision, result.error = None, "withdrawn: the sight test failed"
-            found = record(result, {"time": now(), **self._made_with})
-            show(result, found, self._cfg)
+            self.add(result)
         self.settle()
 
     def close(self) -> None:

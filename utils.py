@@ -1918,6 +1918,8 @@ class AnswerBook:
         """By the server that answered."""
         self.kept = 0
         """Answers of this run."""
+        self.distrusted: PipelineError | None = None
+        """Why no further answer of this run is kept."""
         self.servers = self._open(self.SERVERS)
         self.notes: list[str] = []
         """What a person should know of the server against the last one."""
@@ -1997,7 +1999,8 @@ class AnswerBook:
         checked = len(unconfirmed)
         try:
             await server.check_unchanged()
-        except ModelChangedError:
+        except ModelChangedError as error:
+            self.distrusted = error
             for journal, key in unconfirmed:
                 journal.add({"taken_back": [key]})
             raise
@@ -2041,6 +2044,8 @@ class ImageAnswers:
 
     def keep(self, question: Question, attempt: int, reply: Mapping[str, Any]) -> None:
         """Keep what came back, usable or not."""
+        if self.book.distrusted:  # in flight when that was found out
+            raise self.book.distrusted
         key = self._key_of(question, attempt)
         asked = {
             "prompt_set": question.prompt_set,
@@ -2417,32 +2422,38 @@ class SightTest:
             slots = [slot for slot in self._slots if not slot.server.away]
             for slot in slots:
                 slot.server.changed = False
-            looks = await asyncio.gather(*(self._look(slot) for slot in slots))
+            looks = await self._look(slots)
         self.seconds += time.monotonic() - started
         slots = [s for s, rows in zip(slots, looks, strict=True) if rows is not None]
         seen = [rows for rows in looks if rows is not None]
         if not seen:
             raise PipelineError("all servers went away: run the same command again")
         found = [_own_and_other(rows) for rows in seen]
-        wrong = [int(np.sum(pairs[:, 0] >= pairs[:, 1])) for pairs in found]
+        doubts = [found]
+        # A server picks its slots itself: a blind one may have answered in several.
+        halves = np.array(seen).reshape(len(seen), 2, SIGHT_QUESTIONS, -1)
+        pooled = _own_and_other(np.concatenate([*halves[:, 0], *halves[:, 1]]))
+        doubts.append([*np.moveaxis(pooled.reshape(2, len(seen), -1, 2), 0, 1)])
         if (former := self._former_means()) is not None:
             # Always one picture late is as good as seeing, but for the names.
-            swapped = [_distances(rows, former) for rows in seen]
-            late = [int(np.sum(pairs[:, 0] >= pairs[:, 1])) for pairs in swapped]
-            wrong = [max(both) for both in zip(wrong, late, strict=True)]
-        # A server picks its slots itself: a blind one may have answered in several.
-        if max(wrong) > 1 or sum(wrong) > max(1, len(wrong) // 2):
-            worst = wrong.index(max(wrong))
+            doubts.append([_distances(rows, former) for rows in seen])
+        counts = np.array(
+            [[np.sum(p[..., 0] >= p[..., 1]) for p in each] for each in doubts]
+        )
+        if counts.max() > 1 or counts[1].sum() > 1:
+            worst = int(counts.max(axis=0).argmax())
             server, aside = slots[worst].server, self._book.set_aside(self.last_pass())
             own = [slot for slot in slots if slot.server is server]
+            wrong = counts.max(axis=0)[worst]
             error = BlindError(
                 f"slot {own.index(slots[worst]) + 1} of the server at {server.url} "
                 f"(Ollama {server.version}) does not see the pictures it is sent "
-                f"({max(wrong)} of {len(found[worst])} answers fit another); {aside} "
+                f"({wrong} of {len(found[worst])} answers fit another); {aside} "
                 "answers since the last passed test are set aside: restart the server "
                 "or try another version of Ollama, then run the same command again"
             )
             if not may_drop or len(own) == len(slots):
+                self._book.distrusted = error
                 raise error
             server.tell(f"warning: goes on without {server.url}: {error}")
             server.away = True
@@ -2464,21 +2475,34 @@ class SightTest:
         sides = np.split(np.array([unpack_vector(one) for one in last["means"]]), 2)
         return np.array([side.mean(axis=0, keepdims=True) for side in sides])
 
-    async def _look(self, slot: Slot) -> NDArray[np.float32] | None:
-        """Embedded answers about the disc, then about the bars, (n, n_features)."""
-        texts: tuple[list[str], list[str]] = ([], [])
-        try:
-            for question in questions("generic", SIGHT_QUESTIONS):
-                for png, answers in zip(sight_pictures(), texts, strict=True):
-                    seed = random.getrandbits(31)
-                    reply = await slot.server.answer(png, question.prompt, seed)
-                    text = judged(reply).text or "nothing"
-                    answers.append(self._book.prefix + text)
-            rows = await slot.server.embed([*texts[0], *texts[1]])
-        except ServerAwayError:
-            return None
+    async def _look(self, slots: Sequence[Slot]) -> list[NDArray[np.float32] | None]:
+        """Of each slot, embedded answers about the disc, then the bars, (n, features).
+
+        In step, so that a server needs all its slots for each question. None where a
+        server went away.
+        """
+        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in slots]
+        for question in questions("generic", SIGHT_QUESTIONS):
+            for side, png in enumerate(sight_pictures()):
+                said = [self._say(slot.server, png, question.prompt) for slot in slots]
+                for kept, text in zip(texts, await asyncio.gather(*said), strict=True):
+                    kept[side].append(self._book.prefix + text)
         unseen = np.zeros_like(self._book.facts.probe)
-        return np.array([unseen if row is None else row for row in rows])
+        seen: list[NDArray[np.float32] | None] = []
+        for slot, (disc, bars) in zip(slots, texts, strict=True):
+            rows: Vectors = []
+            with suppress(ServerAwayError):
+                if not slot.server.away:
+                    rows = await slot.server.embed([*disc, *bars])
+            full = [unseen if row is None else row for row in rows]
+            seen.append(np.array(full) if full else None)
+        return seen
+
+    async def _say(self, server: "VlmServer", png: bytes, prompt: str) -> str:
+        with suppress(ServerAwayError):
+            reply = await server.answer(png, prompt, random.getrandbits(31))
+            return judged(reply).text or "nothing"
+        return "nothing"
 
     @property
     def is_open(self) -> bool:
@@ -3763,16 +3787,17 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     """
     frame = frame_of(pixels, len(pixels.values) // 2)
     step = max(1, max(frame.shape[:2]) // 480)
-    few = frame[::step, ::step]
-    values, padding = _display_values(few, dataset), _padding(few, dataset)
+    frame = frame[::step, ::step]
+    values, padding = _display_values(frame, dataset), _padding(frame, dataset)
     height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small, share = (
-        np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX))
-        for one in (values, (~padding).astype(np.float32))
+    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
+    small, *share = (
+        np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BOX))
+        for part in parts
     )
-    return thumbnail(_window(small, share))
+    return thumbnail(_window(small, share[0] if share else np.ones(0)))
 
 
 def page(path: Path, sheet: Sheet) -> None:
@@ -3844,7 +3869,7 @@ h3 { font-size: 13px; margin: 0 } p { margin: 2px 0 } .dim { color: var(--dim) }
 #sections { grid-template-columns: repeat(auto-fit, minmax(min(540px, 100%), 1fr)) }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(370px, 100%), 1fr)) }
 .warning, section:has(svg), main h2 { grid-column: 1 / -1 }
-.warning { background: var(--warn); padding: 0 14px 10px }
+.warning { background: var(--warn); padding: 0 14px 10px } section { overflow-x: auto }
 button, select, #find, #name { font: inherit; color: inherit; padding: 4px 9px;
   background: var(--card); border: 1px solid var(--line); border-radius: 6px }
 #classes button { border-left: 6px solid var(--c) } button, .mark { cursor: pointer }
@@ -3871,7 +3896,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 .mono { white-space: pre-wrap; padding-left: 21ch; text-indent: -21ch }
 .wide .tile > img { width: 160px; float: left; margin-right: 10px }
 .rest { clear: left; user-select: text; padding-top: 4px } .rest img { height: 84px }
-.rest small, .rest img { width: 84px; color: var(--dim) }
+.rest small, .rest img { width: 84px; color: var(--dim) } .tile p { overflow: hidden }
 .chip { font-weight: 650; border: 1px solid var(--line); padding: 0 7px;
   border-radius: 9px; margin-right: 4px } .mine { background: var(--c); color: #000 }
 .share::before { content: ""; display: inline-block; width: 78px; height: 9px;

@@ -447,8 +447,8 @@ BAD_TEXTS = ("zero", "truncated", "empty", "whitespace", "loop", "length")
 
 @pytest.fixture
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that hangs is given up after half a second."""
-    monkeypatch.setattr(utils, "ANSWER_S", 0.5)
+    """An answer that hangs is given up after a second."""
+    monkeypatch.setattr(utils, "ANSWER_S", 1.0)
 
 
 def every(step: int, holds: str = "") -> Callable[[dict[str, Any]], bool]:
@@ -693,7 +693,7 @@ def test_bad_files_are_listed_with_their_reasons_and_the_rest_goes_on(
     (folder / "MTF" / "empty.dcm").touch()
     whole = (folder / "TOR" / "TOR0.dcm").read_bytes()
     (folder / "TOR" / "torn.dcm").write_bytes(whole[: len(whole) // 2])
-    flat = phantoms.exposure("FDT", 5, side=32)
+    flat = phantoms.exposure("FDT", 5, side=64)
     flat.PixelData = bytes(len(flat.PixelData))
     phantoms.write(flat, folder / "FDT" / "flat.dcm")
     shutil.copy(folder / "TOR" / "TOR1.dcm", folder / "loose.dcm")
@@ -738,7 +738,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_answers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = labelled()
-    room = 12
+    room = 20  # eight are of thumbnails and of the server
     sync = os.fsync
 
     def fsync(number: int) -> None:

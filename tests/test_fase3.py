@@ -115,8 +115,10 @@ def with_headers(base: Path, column: str, values: Sequence[str]) -> Path:
 def seal(base: Path, **more: Any) -> Path:
     """Write the manifest for the files as they are."""
     folder = base / "dataset_final_vlm"
-    names = (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS)
-    names += (config.DATASET_IMAGES, config.DATASET_PIXELS)
+    names = (
+        *(config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS),
+        *(config.DATASET_IMAGES, config.DATASET_PIXELS),
+    )
     digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
     probe = base64.b64encode(np.ones(N_FEATURES, "<f4").tobytes()).decode()
     manifest = {
@@ -225,6 +227,13 @@ def test_a_held_out_image_is_decided_as_phase_4_decides(
             )
             if not decision.reason:
                 break
+        for stage in model.stages:
+            shares = utils.decide(model, rows[:stage], None, stage=stage).confidences
+            factor = limits["stages"][str(stage)]["factor"]
+            scores = factor * judged[str(stage)][0, number]
+            assert list(shares.values()) == pytest.approx(
+                list(fase3.softmax(scores)), abs=1e-3
+            )
         expected = config.INCONCLUSIVE if label < 0 else classes[label]
         assert (decision.label, decision.stage) == (expected, asked)
         assert decision.reason.partition(";")[0] == reason.partition(")")[0]
@@ -830,7 +839,7 @@ def test_a_run_that_fails_while_writing_leaves_no_metrics_behind(
 
     run(write_dataset(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(fase3.np, "savez", fail)
+        patch.setattr(np, "savez", fail)
         assert fase3.main(["--base", str(tmp_path)]) in (2, 130)
     folder = tmp_path / "modelo_final_vlm"
     assert not (folder / config.METRICS).exists()

@@ -1,14 +1,17 @@
 """Phase 1's contact sheet, and what --labels does with the lists that a page saves."""
 
 import csv
+import io
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import phantoms
 import pytest
+from PIL import Image
 from test_page import Parsed
 
 import config
@@ -52,6 +55,12 @@ def labelled(base: Path) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file()
     )
+
+
+def converted_here(tasks: Iterable[Any], *_: object) -> Iterator[Any]:
+    """In this process, so that what a test changed is seen."""
+    for task in tasks:
+        yield task, fase1.convert(task)
 
 
 def sheet(base: Path) -> Parsed:
@@ -126,8 +135,7 @@ def test_a_thumbnail_is_nearly_what_the_vlm_sees(
     jpeg = utils.preview(utils.decode(read), read)
     seen = utils.thumbnail(utils.prepare_image(path).grey)
     quick, exact = (
-        np.asarray(fase1.Image.open(fase1.io.BytesIO(one)), float)
-        for one in (jpeg, seen)
+        np.asarray(Image.open(io.BytesIO(one)), np.float64) for one in (jpeg, seen)
     )
     assert np.abs(np.subtract(quick.shape, exact.shape)).max() <= 1
     rows, columns = np.minimum(quick.shape, exact.shape)
@@ -138,10 +146,28 @@ def test_a_thumbnail_is_nearly_what_the_vlm_sees(
 def test_various_first_begins_with_images_of_different_looks() -> None:
     """Three kinds in runs of ten: the first three are one of each."""
     kinds = [np.zeros((8, 8)), np.eye(8) * 255, np.full((8, 8), 255)]
-    jpegs = [utils.thumbnail(np.uint8(kinds[at // 10])) for at in range(30)]
+    jpegs = [utils.thumbnail(kinds[at // 10].astype(np.uint8)) for at in range(30)]
     places = fase1.various(jpegs)
     assert sorted(places.index(place) // 10 for place in range(3)) == [0, 1, 2]
     assert sorted(places) == list(range(30))
+
+
+def test_an_image_that_can_not_be_shown_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(utils, "preview", fails)
+    path = phantoms.write(
+        phantoms.exposure("FDT", 1), tmp_path / "input_dicom" / "in.dcm"
+    )
+    outcome = fase1.convert(fase1.Task(path, tmp_path / "out.tmp", 100))
+    assert (outcome.reason, outcome.thumbnail) == ("", b"")
+    monkeypatch.setattr(fase1, "convert_all", converted_here)
+    assert phase1(tmp_path) == 0
+    assert names(tmp_path) == sheet(tmp_path).all("article", "data-file")
+    assert sheet(tmp_path).all("img", "src") == []
 
 
 # --- --labels -----------------------------------------------------------------------

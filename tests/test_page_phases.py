@@ -11,6 +11,7 @@ import phantoms
 import pytest
 from conftest import server_flags
 from fake_ollama import FakeOllama
+from test_fase3 import write_dataset
 from test_page import Parsed
 
 import config
@@ -153,6 +154,18 @@ def test_the_first_tenth_has_descriptions_and_the_nearest_images(
     assert len(Parsed(last).all("img", "alt")) == 1
 
 
+def test_also_where_all_labels_seem_right_the_first_tenth_has_them(
+    tmp_path: Path,
+) -> None:
+    base = write_dataset(tmp_path)
+    assert fase3.main(["--base", str(base), "--quiet"]) == 0
+    listed = metrics_of(base)["held_out"]
+    assert all(each["class"] == each["descriptions_say"] for each in listed)
+    html = (base / "modelo_final_vlm" / config.REPORT).read_text("utf-8")
+    pictures = [len(Parsed(one).all("img", "alt")) for one in html.split("<article")]
+    assert pictures[1:] == [4] * 4 + [1] * 32
+
+
 def test_planted_label_errors_stand_in_the_first_tenth(trained: Path) -> None:
     listed = metrics_of(trained)["held_out"]
     first = {each["file"] for each in listed[: len(listed) // 10]}
@@ -164,7 +177,8 @@ def test_the_charts_show_the_metrics(trained: Path) -> None:
     page = parse(trained / "modelo_final_vlm" / config.REPORT)
     metrics, shown = metrics_of(trained), words(page)
     confidence = metrics["confidence"]
-    points = len(confidence["bins"]) + len(confidence["errors_by_answered"])
+    errors = [y for x, y in confidence["errors_by_answered"] if x > 0.1]
+    points = len(confidence["bins"]) + len(errors)
     counts = [n for n in metrics["comparison"] if n.startswith("descriptions: ")]
     assert len(page.all("circle", "cx")) == points + len(counts)
     for said, right, _ in confidence["bins"]:

@@ -1,6 +1,7 @@
 """utils.py: errors, files and the image preparation."""
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def failing(error: BaseException) -> int:
     [
         (PipelineError("x is missing: do y"), 2, "x is missing: do y"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "No space left", "f"), 2, "free some space"),
+        (OSError(errno.ENOSPC, "No space left", "f"), 2, "make room"),
         (PermissionError(errno.EACCES, "denied", "f"), 2, "permission"),
         (OSError(errno.EROFS, "Read-only", "f"), 2, "can be written"),
     ],
@@ -112,11 +113,18 @@ def test_csv_rows_come_back(
     assert utils.read_csv(path) == full
 
 
-def test_a_csv_takes_names_with_bytes_that_are_no_text(tmp_path: Path) -> None:
-    utils.write_csv(
-        tmp_path / "t.csv", ("a",), [{"a": b"\xff".decode("utf-8", "surrogateescape")}]
-    )
-    assert utils.read_csv(tmp_path / "t.csv") == [{"a": "\\udcff"}]
+def test_a_name_that_is_not_utf_8_comes_back_from_a_csv(tmp_path: Path) -> None:
+    name = b"\xff.dcm".decode("utf-8", "surrogateescape")
+    utils.write_csv(tmp_path / "t.csv", ("a",), [{"a": name}])
+    assert utils.read_csv(tmp_path / "t.csv") == [{"a": name}]
+
+
+def test_a_csv_begins_with_a_bom_and_is_read_with_and_without(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    utils.write_csv(path, ("a",), [{"a": "ñ"}])
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    path.write_bytes(path.read_bytes()[3:])
+    assert utils.read_csv(path) == [{"a": "ñ"}]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None])
@@ -406,7 +414,7 @@ def test_the_preparation_constants_are_in_the_manifest() -> None:
 def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, rename = [1, 2, 3], utils.os.replace
+    held, rename = [1, 2, 3], os.replace
 
     def replace(*paths: Path) -> None:
         if held:
@@ -416,7 +424,7 @@ def test_a_file_that_is_open_elsewhere_is_tried_again_for_a_while(
             raise error
         rename(*paths)
 
-    monkeypatch.setattr(utils.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with utils.atomic_write(tmp_path / "f") as file:
         file.write(b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
@@ -484,3 +492,95 @@ def test_a_journal_whose_folder_is_gone_is_not_begun_anew(tmp_path: Path) -> Non
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="drive"):
         journal.add({"key": "b"})
+
+
+# --- The second reader's view of the picture ------------------------------------------
+
+
+def textured(shape: tuple[int, int] = (336, 336)) -> NDArray[np.uint8]:
+    """An edge, a disc and grain, without any symmetry."""
+    down, across = np.indices(shape)
+    grey = 90.0 + 60 * (across + down / 9 > 150) - 40 * (np.hypot(down, across) < 99)
+    grey += np.random.default_rng(0).normal(0, 6, shape)
+    return np.clip(grey, 0, 255).astype(np.uint8)
+
+
+def statistics(view: NDArray[np.uint8]) -> NDArray[np.float32]:
+    found = utils.picture_statistics(np.ascontiguousarray(view))
+    assert found.shape == (40,)
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    return found
+
+
+def test_mirror_images_and_quarter_turns_have_the_same_statistics() -> None:
+    view = textured()
+    for other in (view[::-1], view[:, ::-1], view.T, np.rot90(view)):
+        assert statistics(other) == pytest.approx(statistics(view), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 336), (2, 336), (3, 336), (336, 1), (336, 336), (90, 335)]
+)
+@pytest.mark.parametrize("grey", [0, 255, config.PADDING_GREY])
+def test_strips_and_empty_pictures_have_finite_statistics(
+    shape: tuple[int, int], grey: int
+) -> None:
+    statistics(np.full(shape, grey, np.uint8))
+
+
+def test_a_black_picture_shares_its_power_evenly() -> None:
+    found = statistics(np.zeros((336, 336), np.uint8))
+    assert found[:10] == pytest.approx(np.log(0.1 + 1e-6), abs=1e-6)
+    assert not found[10:28].any()
+
+
+def test_padding_counts_for_nothing() -> None:
+    """The same picture alone and between two bars of padding."""
+    content = textured((200, 336))
+    view = np.full((336, 336), config.PADDING_GREY, np.uint8)
+    view[68:268] = content
+    assert statistics(view) == pytest.approx(statistics(content), abs=1e-6)
+
+
+def test_an_odd_number_of_padding_lines_leaves_one() -> None:
+    content = textured((201, 336))
+    view = np.full((336, 336), config.PADDING_GREY, np.uint8)
+    view[67:268] = content
+    assert statistics(view) == pytest.approx(statistics(view[67:269]), abs=1e-6)
+
+
+def bars_at(frequency: float, angle: float) -> NDArray[np.uint8]:
+    down, across = np.indices((336, 336))
+    along = across * np.cos(angle) + down * np.sin(angle)
+    grey = np.rint(120 + 80 * np.sin(2 * np.pi * frequency * along))
+    return np.asarray(grey, np.uint8)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, 1.2])
+def test_bars_stand_in_the_ring_of_their_frequency_and_keep_one_direction(
+    angle: float,
+) -> None:
+    edges = [0, *np.geomspace(0.012, 0.5, 10)]
+    for ring in (4, 6, 8):
+        frequency = np.sqrt(edges[ring] * edges[ring + 1]) / 2  # of the full picture
+        found = statistics(bars_at(frequency, angle))
+        assert found[:10].argmax() == ring
+        assert found[10 + ring - 1] > 0.95
+
+
+def test_crossed_bars_have_two_directions_and_not_one() -> None:
+    crossed = bars_at(0.05, 0.3) / 2 + bars_at(0.05, 0.3 + np.pi / 2) / 2
+    found = statistics(np.rint(crossed).astype(np.uint8))
+    ring = int(found[:10].argmax())
+    assert found[10 + ring - 1] < 0.1
+    assert found[19 + ring - 1] > 0.9
+
+
+def test_grain_shares_are_of_one_whole_and_know_noise_from_calm() -> None:
+    calm = statistics(np.full((336, 336), 99, np.uint8))[30:]
+    rough = statistics(textured())[30:]
+    assert np.sum(calm**2) == pytest.approx(1)
+    assert np.sum(rough**2) == pytest.approx(1)
+    assert calm[0] == 1
+    assert rough[9] > 0.3

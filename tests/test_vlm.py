@@ -586,7 +586,8 @@ def test_an_idle_slot_takes_questions_of_an_image_that_has_many_left(
 def test_what_is_not_ollama_is_named_by_its_status_and_remedy(
     fake: FakeOllama, fault: str, words: str
 ) -> None:
-    fake.control(script=[{"endpoint": "/api/version", "fault": fault, "times": 9}])
+    rule = {"endpoint": "/api/version", "when": 1, "times": 9}
+    fake.control(script=[{**rule, "fault": fault}])
     with pytest.raises(PipelineError, match=words):
         preflight(knobs(fake))
 
@@ -659,16 +660,6 @@ def test_a_model_removed_during_a_run_comes_with_its_pull_command(
     models = tuple(name for name in ("demo-vlm", "demo-embed") if name != gone)
     with pytest.raises(PipelineError, match=rf"removed.*`ollama pull {gone}`"):
         told_by_a_check(fake, models=models)
-
-
-def test_a_machine_that_slept_has_not_waited(
-    fake: FakeOllama, picture: PreparedImage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(0, 10**9, 10**6))
-    rule = {"endpoint": "/api/chat", "when": QUESTION.prompt, "fault": "refuse"}
-    fake.control(script=[{**rule, "seconds": 0.2}])
-    monkeypatch.setattr(utils.time, "monotonic", lambda: float(next(clock)))
-    assert describe(knobs(fake), picture).usable
 
 
 def test_other_models_in_memory_do_not_make_both_seem_too_large(
