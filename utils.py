@@ -2748,7 +2748,7 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         raise PipelineError("--dask needs Dask: pip install '.[cluster]'") from None
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     scheduler: Any = cfg.dask
     if cfg.dask.startswith("local:"):
         workers = {}

@@ -519,5 +519,5 @@ def test_dask_is_not_imported_unless_it_is_asked_for() -> None:
 
 def test_a_scheduler_that_left_ends_the_run() -> None:
     way = utils.DaskWay(SimpleNamespace(status="closed"), "a server", ["a worker"])
-    with pytest.raises(utils.PipelineError, match="scheduler left.*same command"):
+    with pytest.raises(utils.PipelineError, match=r"scheduler left.*same command"):
         asyncio.run(way.run("own_server"))
