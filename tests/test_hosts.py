@@ -112,8 +112,8 @@ def test_ollama_host_may_name_several(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_server_elsewhere_is_named() -> None:
     warning = utils.distance_warning(Config(host="localhost,https://a,192.0.2.1:9"))
     assert warning == (
-        "the images leave this machine for http://192.0.2.1:9, unencrypted and "
-        "https://a:443"
+        "the images leave this machine for https://a:443 and http://192.0.2.1:9, "
+        "unencrypted"
     )
 
 
