@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import distributed
 import phantoms
@@ -29,7 +30,7 @@ from config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 ARRAYS = (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS)
-SLOW = {"time_model": "gpu", "time_scale": 0.02, "load_s": 0.0}
+SLOW: dict[str, Any] = {"time_model": "gpu", "time_scale": 0.02, "load_s": 0.0}
 PER_IMAGE = 5
 
 
@@ -112,8 +113,8 @@ def test_ollama_host_may_name_several(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_server_elsewhere_is_named() -> None:
     warning = utils.distance_warning(Config(host="localhost,https://a,192.0.2.1:9"))
     assert warning == (
-        "the images leave this machine for http://192.0.2.1:9, unencrypted and "
-        "https://a:443"
+        "the images leave this machine for https://a:443 and http://192.0.2.1:9, "
+        "unencrypted"
     )
 
 
@@ -130,7 +131,7 @@ def test_a_server_that_differs_stops_the_run_before_the_first_question(
     three: list[FakeOllama],
     labelled: LabelFolder,
     caplog: pytest.LogCaptureFixture,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     reason: str,
 ) -> None:
     base = labelled(per_class=1)
@@ -362,12 +363,12 @@ def test_a_worker_without_nanny_that_is_killed_leaves_its_images_to_the_others(
 ) -> None:
     base = labelled(tmp_path / "dask", per_class=3)
     workers = [start_worker(in_a_process, scheduler, one.url) for one in three[:2]]
-    killer = threading.Thread(
-        target=lambda: (
-            wait_for(lambda: len(asked_of(three[1])) >= 3),
-            workers[1].kill(),
-        )
-    )
+
+    def kill() -> None:
+        wait_for(lambda: len(asked_of(three[1])) >= 3)
+        workers[1].kill()
+
+    killer = threading.Thread(target=kill)
     wait_for_workers(scheduler, 2)
     killer.start()
     assert phase2(base, [*no_host(), "--dask", scheduler]) == 0
@@ -407,7 +408,8 @@ def scheduler(
 
 
 def wait_for_workers(scheduler: str, count: int) -> None:
-    with distributed.Client(scheduler) as client:
+    connect: Any = distributed.Client
+    with connect(scheduler) as client:
         client.wait_for_workers(count, timeout=60)
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -101,9 +102,8 @@ def measure(
 
 def wait_for_workers(scheduler: str, count: int) -> None:
     """Return when the scheduler has so many workers."""
-    import distributed  # noqa: PLC0415
-
-    with distributed.Client(scheduler) as client:
+    connect: Any = import_module("distributed").Client
+    with connect(scheduler) as client:
         client.wait_for_workers(count)
 
 
