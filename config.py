@@ -258,7 +258,8 @@ class Config:
     )
     concurrency: int = _knob(
         0,
-        "requests in flight at once; 0 means --server-parallel + 1, by default 2",
+        "requests in flight at once to a server; 0 means --server-parallel + 1, with "
+        "--dask + 2",
         *VLM_PHASES,
         least=0,
     )
@@ -390,7 +391,8 @@ class Config:
     @property
     def in_flight(self) -> int:
         """Bound of the semaphore: requests in flight at once."""
-        return self.concurrency or self.server_parallel + 1
+        # By Dask the next question is longer on its way: one more stands in the queue.
+        return self.concurrency or self.server_parallel + (2 if self.dask else 1)
 
 
 GROUPS = {"base": "folders", "host": "server and models", "jobs": "this phase"}

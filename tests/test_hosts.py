@@ -342,7 +342,7 @@ def test_a_worker_with_nanny_that_is_killed_costs_what_was_in_flight(
     killer.join()
     assert arrays(base) == expected
     asked = [one for server in three for one in asked_of(server)]
-    assert len(asked) <= 9 * PER_IMAGE + 2
+    assert len(asked) <= 9 * PER_IMAGE + 3  # what was in flight
 
 
 def local_workers() -> list[psutil.Process]:
@@ -376,7 +376,7 @@ def test_a_worker_without_nanny_that_is_killed_leaves_its_images_to_the_others(
     assert arrays(base) == expected
     assert len(asked_of(three[0])) > len(asked_of(three[1]))
     asked = [one for server in three for one in asked_of(server)]
-    assert len(asked) <= 9 * PER_IMAGE + 2
+    assert len(asked) <= 9 * PER_IMAGE + 3  # what was in flight
 
 
 def start_worker(
@@ -386,7 +386,7 @@ def start_worker(
     folder: str = str(ROOT),
 ) -> subprocess.Popen[bytes]:
     words = ["-m", "distributed.cli.dask_worker", scheduler, "--no-nanny"]
-    words += ["--nthreads", "2", "--no-dashboard"]
+    words += ["--nthreads", "4", "--no-dashboard"]
     return start(*words, OLLAMA_HOST=url, PYTHONPATH=folder)
 
 
@@ -507,7 +507,7 @@ def test_a_killed_client_of_dask_goes_on_where_it_was(
     assert phase2(base, [*no_host(), "--dask", scheduler]) == 0
     assert arrays(base) == expected
     asked_in_all = sum(len(asked_of(server)) for server in three)
-    assert 9 * PER_IMAGE <= asked_in_all <= 9 * PER_IMAGE + 2 * 2
+    assert 9 * PER_IMAGE <= asked_in_all <= 9 * PER_IMAGE + 2 * 3
 
 
 def test_dask_is_not_imported_unless_it_is_asked_for() -> None:

@@ -66,6 +66,7 @@ def measure(
     models = ["--vlm", "demo-vlm", "--embed-model", "demo-embed"]
     words = ["--base", folder, "--dataset-dir", f"out{count}{dask}", *models]
     words += ["--descriptions", args.descriptions, "--no-sight-test"]
+    words += ["--concurrency", args.concurrency]
     with ExitStack() as running:
         urls = []
         for n in range(count):
@@ -83,7 +84,7 @@ def measure(
             running.enter_context(process("-m", f"{cli}scheduler", *options))
             scheduler = json.loads(read(ready))["address"]
             for url in urls:
-                options = [scheduler, "--no-nanny", "--nthreads", 2, "--no-dashboard"]
+                options = [scheduler, "--no-nanny", "--nthreads", 4, "--no-dashboard"]
                 running.enter_context(
                     process("-m", f"{cli}worker", *options, OLLAMA_HOST=url)
                 )
@@ -121,6 +122,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--descriptions", type=int, default=20)
     parser.add_argument("--counts", type=int, nargs="+", default=(1, 2, 4))
+    parser.add_argument("--concurrency", type=int, default=0)
+    parser.add_argument("--no-servers", action="store_true", help="Dask alone")
     parser.add_argument("--scale", type=float, default=0.5, help="of the GPU's time")
     args = parser.parse_args()
     answers: Any = args.images * args.descriptions
@@ -133,7 +136,7 @@ def main() -> None:
             label = phantoms.LABELS[n % len(phantoms.LABELS)]
             path = folder / "datos_etiquetados" / label / f"{n}.dcm"
             phantoms.write(phantoms.exposure(label, n, side=64), path)
-        for dask in (False, True):
+        for dask in (False, True)[args.no_servers :]:
             first: tuple[float, float] | None = None
             for count in args.counts:
                 asking, total, busy = measure(folder, count, dask, args)
