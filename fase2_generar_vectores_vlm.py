@@ -107,8 +107,8 @@ class Rejections:
         log.log(logging.WARNING if failed else logging.INFO, "%s: %s", path, reason)
 
 
-def labelled_files(folder: Path) -> list[Path]:
-    """All files below the class folders and beside them.
+def labelled_files(folder: Path, rejections: Rejections) -> list[Path]:
+    """All files below the class folders and beside them; what is unseen is rejected.
 
     Raises
     ------
@@ -120,9 +120,7 @@ def labelled_files(folder: Path) -> list[Path]:
         raise PipelineError(
             f"{folder} is missing: run `python fase1_descompresion.py`, then {remedy}"
         )
-    paths = list(
-        utils.find_files(folder, lambda path, why: log.warning("%s: %s", path, why))
-    )
+    paths = list(utils.find_files(folder, rejections.add))
     names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     if problem := utils.class_name_problem(n for n in names if not n.startswith(".")):
         raise PipelineError(f"{folder}: {problem}")
@@ -297,11 +295,17 @@ def alternating(images: Sequence[LabelledImage]) -> list[LabelledImage]:
     return [image for image in rounds if image is not None]
 
 
-def open_questions(image: LabelledImage, book: AnswerBook, cfg: Config) -> int:
-    """Questions without an answer or a vector; 0 where the image is complete."""
+def is_complete(image: LabelledImage, book: AnswerBook, cfg: Config) -> bool:
+    """Whether every question has an answer with a vector."""
     answers = book.of(image)
     chosen = [answers.chosen(q) for q in questions_for(image.label, cfg)]
-    return sum(a is None or answers.vector(a.text) is None for a in chosen)
+    return all(a is not None and answers.vector(a.text) is not None for a in chosen)
+
+
+def open_questions(image: LabelledImage, book: AnswerBook, cfg: Config) -> int:
+    """Questions without an answer."""
+    answers = book.of(image)
+    return sum(answers.chosen(q) is None for q in questions_for(image.label, cfg))
 
 
 class Describing:
@@ -315,8 +319,11 @@ class Describing:
         cfg: Config,
     ) -> None:
         self._servers, self._book, self._cfg = servers, book, cfg
-        left = {i.image_id: n for i in images if (n := open_questions(i, book, cfg))}
-        self._todo = [image for image in alternating(images) if image.image_id in left]
+        todo = [one for one in alternating(images) if not is_complete(one, book, cfg)]
+        left = {image.image_id: open_questions(image, book, cfg) for image in todo}
+        self._todo = [
+            image for image in todo if left[image.image_id] or not cfg.estimate
+        ]
         self._open_images, self._to_ask = len(left), sum(left.values())
         self._slots = utils.slots_of(cfg, servers)
         self._sight = utils.SightTest(self._slots, book)
@@ -325,7 +332,7 @@ class Describing:
         total = sum(len(questions_for(image.label, cfg)) for image in images)
         done = total - self._to_ask
         log.info("answers: %d in the journal, %d to ask", done, self._to_ask)
-        finished = len(images) - len(left)
+        finished = len(images) - len(todo)
         self._progress = Progress(len(images), finished, self._to_ask, cfg.quiet)
 
     async def run(self) -> None:
@@ -644,23 +651,21 @@ def run(cfg: Config) -> int:
     )
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    paths = labelled_files(cfg.folder("labelled_dir"))
     rejections, failures = Rejections(), dict[str, str]()
+    paths = labelled_files(cfg.folder("labelled_dir"), rejections)
     servers: list[VlmServer] = []
     held = f"another run of phase 2 works on {folder}: wait for it to end"
     with utils.lock(folder / ".fase2.lock", held):
         journal.mkdir(exist_ok=True)
         if cfg.finished_only:
-            images = identify(paths, cfg, rejections)
-            book = AnswerBook(journal, cfg, last_server(journal))
-            warn_of_own_answers(images, book)
+            images, book = finished(paths, cfg, rejections)
         else:
             images, book, failures, servers = utils.run_async(
                 interview(paths, cfg, rejections)
             )
         if cfg.estimate:
             return utils.EXIT_DONE
-        complete = [i for i in images if open_questions(i, book, cfg) == 0]
+        complete = [image for image in images if is_complete(image, book, cfg)]
         for image in images:
             if image not in complete:
                 reason = failures.get(image.image_id, "has not all its descriptions")
@@ -682,16 +687,31 @@ def run(cfg: Config) -> int:
     return utils.EXIT_SOME_FAILED if rejections.failed else utils.EXIT_DONE
 
 
+def finished(
+    paths: Sequence[Path], cfg: Config, rejections: Rejections
+) -> tuple[list[LabelledImage], AnswerBook]:
+    """What --finished-only goes by: the journal alone."""
+    journal = cfg.folder("dataset_dir") / config.JOURNAL_DIR
+    images = identify(paths, cfg, rejections)
+    book = AnswerBook(journal, cfg, last_server(journal))
+    warn_of_own_answers(images, book)
+    unconfirmed = len(book.answers_since(book.last_pass()))
+    if unconfirmed and not cfg.no_sight_test:
+        log.warning("warning: no sight test has confirmed %d answers", unconfirmed)
+    return images, book
+
+
 def last_server(journal: Path) -> ServerFacts:
     """The server that the journal saw last, for --finished-only."""
-    last = utils.Journal(journal / AnswerBook.SERVERS).get("last")
-    if last is None:
+    last = utils.Journal(journal / AnswerBook.SERVERS).get("last") or {}
+    names = ("version", "vlm_digest", "embedder_digest")
+    if not {*names, "probe"} <= set(last):
         raise PipelineError(
             f"{journal} holds no answer yet: run without --finished-only"
         )
     probe = utils.unpack_vector(last["probe"])
-    digests = last["vlm_digest"], last["embedder_digest"]
-    return ServerFacts(last["version"], *digests, probe)
+    version, vlm_digest, embedder_digest = (last[name] for name in names)
+    return ServerFacts(version, vlm_digest, embedder_digest, probe)
 
 
 async def interview(
@@ -718,9 +738,7 @@ async def interview(
 
 def show_sight(cfg: Config) -> int:
     """Run the sight test alone and print every distance."""
-    print(
-        *utils.sight_lines(utils.run_async(utils.only_sight(cfg, log.info))), sep="\n"
-    )
+    utils.run_async(utils.only_sight(cfg, log.info, print))
     return utils.EXIT_DONE
 
 

@@ -24,10 +24,12 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
 
 import asyncio
 import csv
+import glob
 import json
 import logging
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -528,11 +530,13 @@ class Delivery:
 
     def withdraw(self) -> None:
         """The server does not see: what waits is no result."""
-        withdrawn = [result for result, _ in self._waiting]
-        self._waiting.clear()
-        for result in withdrawn:
-            result.decision, result.error = None, "withdrawn: the sight test failed"
-            self.add(result)
+        waiting, self._waiting = self._waiting, []
+        for result, found in waiting:
+            if result.texts:  # it was asked
+                result.decision, result.error = None, "withdrawn: the sight test failed"
+                self.add(result)
+            else:
+                self._waiting.append((result, found))
         self.settle()
 
     def close(self) -> None:
@@ -547,30 +551,48 @@ class Delivery:
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files named, and all files below the folders named, in that order."""
+
+    def tell(path: Path, why: str) -> None:
+        log.warning("%s: %s", path, why)
+
     found: list[Path] = []
     for path in paths:
-        if any(sign in str(path) for sign in "*?[") and not path.exists():
-            # The shells of Windows leave wildcards to the program.
-            found += find_images(sorted(path.parent.glob(path.name)) or [path / ""])
-        elif path.is_dir():
-            found += utils.find_files(
-                path, lambda one, why: log.warning("%s: %s", one, why)
-            )
-        else:
-            found.append(path)
+        # The shells of Windows leave wildcards to the program.
+        matching = [] if path.exists() else sorted(glob.glob(str(path)))  # noqa: PTH207
+        for one in [Path(name) for name in matching] or [path]:
+            found += utils.find_files(one, tell) if one.is_dir() else [one]
     if not found:
         raise PipelineError(f"{paths[0]} holds no file: name a DICOM file or a folder")
     return found
 
 
+def check_outputs(cfg: Config) -> None:
+    """Refuse before the first question what would replace an image or can't be written.
+
+    `--csv new/*.dcm` is a slip of the hand that a shell makes dangerous.
+    """
+    for flag, path, suffix in (
+        ("--csv", cfg.csv, ".csv"),
+        ("--html", cfg.html, ".html"),
+    ):
+        if path and path.is_file() and path.suffix.lower() != suffix:
+            raise PipelineError(
+                f"{flag} would replace {path}: name a file that ends in {suffix}"
+            )
+    if cfg.copy_to:
+        cfg.copy_to.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cfg.copy_to):
+            pass
+
+
 def run(cfg: Config, paths: Sequence[Path]) -> int:
     """Classify the files; 0 when every one has a result, 1 when some failed."""
     if cfg.sight_test_only:
-        found = utils.run_async(utils.only_sight(cfg, log.info))
-        print(*utils.sight_lines(found), sep="\n")
+        utils.run_async(utils.only_sight(cfg, log.info, print))
         return utils.EXIT_DONE
     if not paths:
         raise PipelineError("no image is named: name DICOM files or folders")
+    check_outputs(cfg)
     files = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
     check_conditions(metrics, None, cfg)

@@ -325,9 +325,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.close()
             temporary.chmod(0o666 & ~_umask())
             replace_file(temporary, path)
-        except BaseException:
+        except BaseException as error:
             file.close()
             remove_file(temporary)
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename, error.filename2 = str(path), None
             raise
 
 
@@ -1956,6 +1958,13 @@ class AnswerBook:
             self.servers.add({"key": "last", **now})
         return engine
 
+    def last_pass(self) -> str:
+        """When a sight test was last passed, UTC in ISO 8601; "" for never."""
+        moment = (self.servers.get("sight") or {}).get("time")
+        with suppress(TypeError, ValueError):  # else a foreign line
+            return datetime.fromisoformat(moment).isoformat(timespec="milliseconds")
+        return ""
+
     def answers_since(self, moment: str) -> list[tuple[Journal, str]]:
         """Answers of whatever run later than a moment, UTC in ISO 8601."""
         if self.folder is None:
@@ -2367,6 +2376,8 @@ class SightTest:
     def __init__(self, slots: list[Slot], book: AnswerBook) -> None:
         self._slots, self._book, self._one_at_a_time = slots, book, asyncio.Lock()
         self._counted, self.seconds = 0, 0.0
+        self.found: list[NDArray[np.float64]] = []
+        """Of each slot's answers, the distances of the last test: see `run`."""
 
     @property
     def _seen(self) -> dict[str, Any]:
@@ -2382,14 +2393,14 @@ class SightTest:
 
     def last_pass(self) -> str:
         """When the journal folder last saw a pass, UTC; "" for never."""
-        return str((self._book.servers.get("sight") or {}).get("time") or "")
+        return self._book.last_pass()
 
     def is_recent(self, answers: int, minutes: float) -> bool:
         """Whether these very slots passed so short a time, and so few answers, ago."""
         last = self._book.servers.get("sight") or {}
-        if not self._seen.items() <= last.items():
+        if not self._seen.items() <= last.items() or not self.last_pass():
             return False
-        age = datetime.now(UTC) - datetime.fromisoformat(last["time"])
+        age = datetime.now(UTC) - datetime.fromisoformat(self.last_pass())
         since = len(self._book.answers_since(last["time"]))
         return age < timedelta(minutes=minutes) and since < answers
 
@@ -2428,7 +2439,7 @@ class SightTest:
         seen = [rows for rows in looks if rows is not None]
         if not seen:
             raise PipelineError("all servers went away: run the same command again")
-        found = [_own_and_other(rows) for rows in seen]
+        self.found = found = [_own_and_other(rows) for rows in seen]
         doubts = [found]
         # A server picks its slots itself: a blind one may have answered in several.
         halves = np.array(seen).reshape(len(seen), 2, SIGHT_QUESTIONS, -1)
@@ -2535,23 +2546,21 @@ def _distances(
 
 
 async def only_sight(
-    cfg: config.Config, tell: Callable[[str], object]
-) -> list[NDArray[np.float64]]:
-    """One sight test of the servers as they are, kept nowhere; see `SightTest.run`."""
+    cfg: config.Config, tell: Callable[[str], object], show: Callable[[str], object]
+) -> None:
+    """One sight test of the servers as they are; shows every distance, then the end."""
     async with open_servers(cfg, tell) as named:
         servers, facts = await preflight(named, cfg)
-        slots = slots_of(cfg, servers)
-        return await SightTest(slots, AnswerBook(None, cfg, facts)).run()
-
-
-def sight_lines(found: Sequence[NDArray[np.float64]]) -> Iterator[str]:
-    """Every distance of a test that was passed, for --sight-test-only."""
-    yield "distance of each answer to those about its own picture / about the other"
-    for number, pairs in enumerate(found, 1):
-        shown = [f"{own:.3f} / {other:.3f}" for own, other in pairs]
-        yield f"  slot {number}, disc: {', '.join(shown[:SIGHT_QUESTIONS])}"
-        yield f"  slot {number}, bars: {', '.join(shown[SIGHT_QUESTIONS:])}"
-    yield "passed: every slot sees the pictures that it is sent"
+        test = SightTest(slots_of(cfg, servers), AnswerBook(None, cfg, facts))
+        try:
+            await test.run()
+        finally:
+            show("distance of each answer to those about its own / the other picture")
+            for number, pairs in enumerate(test.found, 1):
+                shown = [f"{own:.3f} / {other:.3f}" for own, other in pairs]
+                show(f"  slot {number}, disc: {', '.join(shown[:SIGHT_QUESTIONS])}")
+                show(f"  slot {number}, bars: {', '.join(shown[SIGHT_QUESTIONS:])}")
+        show("passed: every slot sees the pictures that it is sent")
 
 
 def run_async(main: Coroutine[Any, Any, Result]) -> Result:

@@ -1105,3 +1105,36 @@ def test_the_finished_images_alone_make_a_dataset_without_a_server(
     made = manifest_of(base)
     assert made["finished_only"] == {"images": 6, "labelled": 7}
     assert made["counts"]["images"] == 6
+
+
+def test_a_folder_that_cannot_be_read_is_listed_and_no_success(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    (base / "datos_etiquetados" / "TOR" / "gone.dcm").symlink_to(base / "nowhere")
+    assert phase2(base, fake) == 1
+    assert "leads nowhere" in rejected(base)["gone.dcm"]
+
+
+def test_the_estimate_of_a_partly_done_run_samples_what_is_open(
+    fake: FakeOllama, labelled: LabelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = labelled()
+    phase2(base, fake)
+    phantoms.write(
+        phantoms.exposure("TOR", 9, side=64),
+        base / "datos_etiquetados" / "TOR" / "new.dcm",
+    )
+    assert phase2(base, fake, "--estimate") == 0
+    assert "5 descriptions of 1 images take about" in capsys.readouterr().out
+
+
+def test_answers_that_no_sight_test_confirmed_are_told_by_finished_only(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    flags = ["--base", str(base), *server_flags(fake.url), *FEW, "--finished-only"]
+    flags.remove("--no-sight-test")
+    assert fase2.main(flags) == 0
+    assert "no sight test has confirmed 15 answers" in caplog.text

@@ -612,3 +612,23 @@ def test_each_stage_has_thresholds_of_its_own(
             (result,) = json_lines(capsys)
             assert (result["stage"], result["questions"]) == (int(stage), int(stage))
             assert asked(fake) == int(stage)
+
+
+def test_a_list_is_never_written_over_an_image(
+    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (new / "TOR").read_bytes()
+    for flag in ("--csv", "--html"):
+        assert phase4(base, shared_fake, flag, new / "TOR", new / "MTF") == 2
+    assert (new / "TOR").read_bytes() == before
+    assert "--csv would replace" in caplog.text
+
+
+def test_wildcards_that_no_shell_has_expanded_are_expanded(
+    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = new.parent / "n?w" / "[MT]*"
+    assert phase4(base, shared_fake, "--json", pattern) == 0
+    files = [Path(result["file"]).name for result in json_lines(capsys)]
+    assert files == ["MTF", "TOR"]
+    assert phase4(base, shared_fake, "--json", new / "nothing*") == 1

@@ -157,3 +157,13 @@ def test_the_test_alone_prints_every_distance(
     assert out.count(" / ") == 6 + 1
     assert "passed" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_test_alone_prints_every_distance_also_where_it_fails(
+    fake: FakeOllama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.control(faults={"blind": 1.0})
+    assert phase2(tmp_path, fake, "--sight-test-only") == 2
+    out = capsys.readouterr().out
+    assert out.count(" / ") == 6 + 1
+    assert "passed" not in out
