@@ -1962,7 +1962,9 @@ class AnswerBook:
         """When a sight test was last passed, UTC in ISO 8601; "" for never."""
         moment = (self.servers.get("sight") or {}).get("time")
         with suppress(TypeError, ValueError):  # else a foreign line
-            return datetime.fromisoformat(moment).isoformat(timespec="milliseconds")
+            return datetime.fromisoformat(str(moment)).isoformat(
+                timespec="milliseconds"
+            )
         return ""
 
     def answers_since(self, moment: str) -> list[tuple[Journal, str]]:
