@@ -1730,10 +1730,12 @@ HARD_PROBLEMS = ("broken", "empty", "looping", "declined", "unembeddable")
 
 _CONTROL_TOKEN = re.compile(r"<\|[^<>|]{1,30}\|>|</?s>|<unk>|<(end|start)_of_turn>")
 _DECLINED = re.compile(
-    r"\W*(i'm sorry|i am sorry|sorry|unfortunately, i|as an ai|as a language model"
+    r"\W*(i'm sorry|i am sorry|sorry|unfortunately,? i\b|as an ai|as a language model"
     r"|i can't|i cannot|i can not|i'm unable|i am unable|i'm not able|i am not able"
     r"|please (upload|provide|attach)|there is no (image|picture)\b|no image)"
-    r"|.*(\[img-?\d*\]|please (upload|attach|provide) (an?|the|your) (image|picture)"
+    r"|.*(\[img-?\d*\]|please (upload|attach|provide|share) (an?|the|your|it)\b"
+    r"|no (image|picture)( file)? (was|is|has been) (attached|provided|uploaded|shared)"
+    r"|(no way|unable|not able) to (see|view|open|access) (an? |the )?(image|picture)"
     r"|(don't|do not|can't|cannot) (see|view) (an|any|the|your) (image|picture)\b"
     r"(?! (artefact|artifact|noise)))",
     re.DOTALL,

@@ -342,7 +342,8 @@ def test_a_worker_with_nanny_that_is_killed_costs_what_was_in_flight(
     killer.join()
     assert arrays(base) == expected
     asked = [one for server in three for one in asked_of(server)]
-    assert len(asked) <= 9 * PER_IMAGE + 3  # what was in flight
+    # Three were in flight; Dask may begin them once more on the new worker.
+    assert len(asked) <= 9 * PER_IMAGE + 2 * 3
 
 
 def local_workers() -> list[psutil.Process]:
