@@ -295,17 +295,12 @@ def alternating(images: Sequence[LabelledImage]) -> list[LabelledImage]:
     return [image for image in rounds if image is not None]
 
 
-def is_complete(image: LabelledImage, book: AnswerBook, cfg: Config) -> bool:
-    """Whether every question has an answer with a vector."""
+def open_work(image: LabelledImage, book: AnswerBook, cfg: Config) -> tuple[int, int]:
+    """Questions without an answer, and answers without a vector."""
     answers = book.of(image)
     chosen = [answers.chosen(q) for q in questions_for(image.label, cfg)]
-    return all(a is not None and answers.vector(a.text) is not None for a in chosen)
-
-
-def open_questions(image: LabelledImage, book: AnswerBook, cfg: Config) -> int:
-    """Questions without an answer."""
-    answers = book.of(image)
-    return sum(answers.chosen(q) is None for q in questions_for(image.label, cfg))
+    texts = [answer.text for answer in chosen if answer is not None]
+    return chosen.count(None), sum(answers.vector(text) is None for text in texts)
 
 
 class Describing:
@@ -319,12 +314,11 @@ class Describing:
         cfg: Config,
     ) -> None:
         self._servers, self._book, self._cfg = servers, book, cfg
-        todo = [one for one in alternating(images) if not is_complete(one, book, cfg)]
-        left = {image.image_id: open_questions(image, book, cfg) for image in todo}
-        self._todo = [
-            image for image in todo if left[image.image_id] or not cfg.estimate
-        ]
-        self._open_images, self._to_ask = len(left), sum(left.values())
+        work = [(image, open_work(image, book, cfg)) for image in alternating(images)]
+        todo = [(image, unasked) for image, (unasked, bare) in work if unasked or bare]
+        self._todo = [image for image, unasked in todo if unasked or not cfg.estimate]
+        self._open_images = len(todo)
+        self._to_ask = sum(unasked for _, unasked in todo)
         self._slots = utils.slots_of(cfg, servers)
         self._sight = utils.SightTest(self._slots, book)
         self._tests_sight = not (cfg.no_sight_test or cfg.estimate)
@@ -363,8 +357,8 @@ class Describing:
 
     def _is_anything_open(self) -> bool:
         """Questions of this run, or answers of a killed one that no test confirmed."""
-        last = self._sight.last_pass()
-        return bool(self._todo or self._book.answers_since(last))
+        book = self._book
+        return bool(self._todo or book.answers_since(book.last_pass()))
 
     async def _go_through(self, embed: bool) -> None:
         good = [image for image in self._todo if image.image_id not in self.failures]
@@ -665,9 +659,10 @@ def run(cfg: Config) -> int:
             )
         if cfg.estimate:
             return utils.EXIT_DONE
-        complete = [image for image in images if is_complete(image, book, cfg)]
+        complete = [image for image in images if not any(open_work(image, book, cfg))]
+        done = {image.image_id for image in complete}
         for image in images:
-            if image not in complete:
+            if image.image_id not in done:
                 reason = failures.get(image.image_id, "has not all its descriptions")
                 rejections.add(image.path, reason, failed=not cfg.finished_only)
         (folder / config.MANIFEST).unlink(missing_ok=True)

@@ -63,7 +63,6 @@ log = logging.getLogger("fase4")
 TEST_EVERY, TEST_AT_END = 50, 10
 """Images asked between two sight tests; more than so many ask for one at the end."""
 TRAIN_AGAIN = "run `python fase3_entrenamiento_svc.py` again"
-PLAIN_LINE_S = 15.0
 
 # --- The model and its conditions ---------------------------------------------------
 
@@ -199,7 +198,6 @@ class Inference:
             await utils.image_by_image(results, _prepared, self._work, slots)
             return
         sight = utils.SightTest(slots, self._book)
-        self._asked = 0
 
         async def between() -> None:
             if self._asked >= TEST_EVERY:

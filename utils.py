@@ -58,7 +58,6 @@ from urllib.parse import urlsplit
 import filelock
 import imagecodecs
 import numpy as np
-import tenacity
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataelem import DataElement, RawDataElement
@@ -1427,14 +1426,18 @@ def _prepared(pixels: NDArray[Any], dataset: Dataset) -> PreparedImage:
         values[padding] = np.median(values[~padding])  # else it bleeds inwards
         share = _reduce((~padding).astype(np.float32), aspect)
     view = _pad(_window(_reduce(values, aspect), share))
-    png = io.BytesIO()
-    Image.fromarray(view).save(png, "PNG", compress_level=1)
     return PreparedImage(
         image_id=digest_of(pixels),
         view_id=digest_of(view),
-        png=png.getvalue(),
+        png=_png(view),
         header=header_facts(dataset),
     )
+
+
+def _png(grey: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 HEADER_FACTS = {
@@ -1988,8 +1991,7 @@ class AnswerBook:
     def set_aside(self, moment: str) -> int:
         """Forget the answers later than a moment, so that they are asked anew."""
         found = self.answers_since(moment)
-        for journal, key in found:
-            journal.add({"taken_back": [key]})
+        _take_back(found)
         return len(found)
 
     def touch(self) -> None:
@@ -2014,10 +2016,18 @@ class AnswerBook:
             await server.check_unchanged()
         except ModelChangedError as error:
             self.distrusted = error
-            for journal, key in unconfirmed:
-                journal.add({"taken_back": [key]})
+            _take_back(unconfirmed)
             raise
         del unconfirmed[:checked]
+
+
+def _take_back(answers: Iterable[tuple[Journal, str]]) -> None:
+    """Forget answers, with one line in each journal."""
+    keys: dict[Journal, list[str]] = defaultdict(list)
+    for journal, key in answers:
+        keys[journal].append(key)
+    for journal, some in keys.items():
+        journal.add({"taken_back": some})
 
 
 class ImageAnswers:
@@ -2359,12 +2369,7 @@ def sight_pictures() -> tuple[bytes, bytes]:
     down, across = np.indices((side, side)) - side // 2
     disc = np.where(np.hypot(down, across) < side / 4, 230, 25)
     bars = np.where(across // 24 % 2, 30, 225)
-    pngs = []
-    for picture in (disc, bars):
-        file = io.BytesIO()
-        Image.fromarray(picture.astype(np.uint8)).save(file, "PNG")
-        pngs.append(file.getvalue())
-    return pngs[0], pngs[1]
+    return _png(disc.astype(np.uint8)), _png(bars.astype(np.uint8))
 
 
 class SightTest:
@@ -2395,17 +2400,14 @@ class SightTest:
             "engine": self._book.engine,
         }
 
-    def last_pass(self) -> str:
-        """When the journal folder last saw a pass, UTC; "" for never."""
-        return self._book.last_pass()
-
     def is_recent(self, answers: int, minutes: float) -> bool:
         """Whether these very slots passed so short a time, and so few answers, ago."""
         last = self._book.servers.get("sight") or {}
-        if not self._seen.items() <= last.items() or not self.last_pass():
+        passed = self._book.last_pass()
+        if not self._seen.items() <= last.items() or not passed:
             return False
-        age = datetime.now(UTC) - datetime.fromisoformat(self.last_pass())
-        since = len(self._book.answers_since(last["time"]))
+        age = datetime.now(UTC) - datetime.fromisoformat(passed)
+        since = len(self._book.answers_since(passed))
         return age < timedelta(minutes=minutes) and since < answers
 
     async def when_due(self) -> None:
@@ -2457,7 +2459,10 @@ class SightTest:
         )
         if counts.max() > 1 or counts[1].sum() > 1:
             worst = int(counts.max(axis=0).argmax())
-            server, aside = slots[worst].server, self._book.set_aside(self.last_pass())
+            server, aside = (
+                slots[worst].server,
+                self._book.set_aside(self._book.last_pass()),
+            )
             own = [slot for slot in slots if slot.server is server]
             wrong = counts.max(axis=0)[worst]
             error = BlindError(
@@ -2497,8 +2502,9 @@ class SightTest:
         server went away.
         """
         texts: list[tuple[list[str], list[str]]] = [([], []) for _ in slots]
+        pictures = sight_pictures()
         for question in questions("generic", SIGHT_QUESTIONS):
-            for side, png in enumerate(sight_pictures()):
+            for side, png in enumerate(pictures):
                 said = [self._say(slot.server, png, question.prompt) for slot in slots]
                 for kept, text in zip(texts, await asyncio.gather(*said), strict=True):
                     kept[side].append(self._book.prefix + text)
@@ -3261,6 +3267,8 @@ class VlmServer:
         PipelineError
             The run ends with it.
         """
+
+        import tenacity  # noqa: PLC0415 - phases 1 and 3 call nobody
 
         def may_pass(error: BaseException) -> bool:
             too_long = bool(seconds) and isinstance(error, TimeoutError)
