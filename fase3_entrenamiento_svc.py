@@ -42,11 +42,7 @@ from scipy.special import betaincinv, log_softmax, softmax, stdtrit
 from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import linear_kernel, rbf_kernel
-from sklearn.model_selection import (
-    StratifiedGroupKFold,
-    cross_val_score,
-    train_test_split,
-)
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
@@ -163,16 +159,10 @@ class Dataset:
 
     def means(self) -> dict[str, Rows]:
         """(n_images, n_features) by what the reader of descriptions is asked."""
-        k = int(self.k)
-        counts = sorted({n for n in (*DESCRIPTION_COUNTS, k) if n <= k})
+        k = self.described.shape[1]
+        counts = sorted({*DESCRIPTION_COUNTS, k} & {*range(1, k + 1)})
         found = {str(n): self.described[:, :n].mean(axis=1) for n in counts}
         return found | ({"class-specific": self.specific} if self.specific.size else {})
-
-    @property
-    def smallest(self) -> str:
-        """The class of the fewest groups."""
-        n = [len({*self.groups[self.labels == i]}) for i in range(len(self.classes))]
-        return self.classes[n.index(min(n))]
 
     def only(self, images: Booleans) -> "Dataset":
         """These images alone; a class that none of them has is gone."""
@@ -838,24 +828,6 @@ def rate_classes(data: Dataset, judged: Judged, decided: Judged) -> dict[str, An
     return found
 
 
-def count_accuracies(data: Dataset, judged: Judged, candidate: Candidate) -> Any:
-    """Accuracies by number of descriptions, and one that flatters, by its name.
-
-    A random split of rows has every image on both sides: what the obvious script does.
-    """
-    x, x_test, y, y_test = train_test_split(
-        data.vectors, data.labels[data.image], test_size=0.2, random_state=0
-    )
-    mixed = fit_descriptions(candidate, x, y).score(x_test, y_test)
-    counted = {
-        f"descriptions: {name}": share_of(is_right(data, scores))
-        for name, scores in judged.items()
-        if name.isdecimal()
-    }
-    flatters = {"value": float(mixed), "words": "rows of one image on both sides"}
-    return counted | {"optimistic": flatters}
-
-
 def rate_confidence(data: Dataset, shares: Floats) -> dict[str, Any]:
     """Brier score (0 to 2), calibration error and reliability in ten bins, and the
     share of errors by the share of answers."""
@@ -901,8 +873,6 @@ def list_images(
 
 def check_prompts(data: Dataset, judged: Judged) -> dict[str, Any]:
     """Is it the image or the prompt that decides?"""
-    if not data.specific.size:
-        return {"words": "not measured: needs class-specific and generic ones"}
     on_specific = is_right(data, judged["class-specific after class-specific"])
     on_generic = is_right(data, judged[data.k + " after class-specific"])
     specific, generic = float(on_specific.mean()), float(on_generic.mean())
@@ -931,8 +901,6 @@ def check_prompts(data: Dataset, judged: Judged) -> dict[str, Any]:
 
 def check_specific(data: Dataset, judged: Judged) -> dict[str, Any]:
     """What do the class-specific prompts add, four fifths of the hours?"""
-    if not data.specific.size:
-        return {"words": "not measured: needs class-specific and generic ones"}
     plain = is_right(data, judged[data.k + " after generic"])
     gain = difference(is_right(data, judged[data.k]), plain)
     words = f"they add {shown(gain)} to training on the generic ones alone"
@@ -1045,15 +1013,6 @@ def leave_classes_out(data: Dataset, candidate: Candidate) -> dict[str, Any]:
 # --- The model that phase 4 loads -----------------------------------------------------
 
 
-def fit_descriptions(
-    candidate: Candidate, vectors: Rows, labels: NDArray[Any], weight: Any = None
-) -> Pipeline:
-    """The first reader; its kernel, a function of scikit-learn, is loaded by name."""
-    svc = PairwiseSVC(kernel=KERNELS[candidate[0]], C=candidate[1])
-    reader = make_pipeline(StandardScaler(), svc)
-    return reader.fit(vectors, labels, svc__sample_weight=weight)
-
-
 def with_probabilities(svc: SVC, factor: float) -> Pipeline:
     """An SVC on scaled vectors whose decisions become probabilities.
 
@@ -1088,16 +1047,22 @@ def write_model(
     stages' are relative to it.
     """
     labels = np.array(data.classes)[data.labels]
-    weight = weights(data.generic)
-    words = fit_descriptions(candidate, data.vectors, labels[data.image], weight)
+    # Its kernel, a function of scikit-learn, is loaded by its name.
+    svc = PairwiseSVC(kernel=KERNELS[candidate[0]], C=candidate[1])
+    scaler = StandardScaler()
+    svc.fit(
+        scaler.fit_transform(data.vectors),
+        labels[data.image],
+        weights(data.generic),
+    )
     *_, last = metrics["thresholds"]["stages"].values()
     factor = last["factor"]
     for each in metrics["thresholds"]["stages"].values():
         each["factor"] /= factor
     metrics["model"] = {"kernel": candidate[0], "c": candidate[1], "factor": factor}
     estimators = {
-        config.CLASSIFIER: with_probabilities(words[1], factor),
-        config.SCALER: words[0],
+        config.CLASSIFIER: with_probabilities(svc, factor),
+        config.SCALER: scaler,
         config.SECOND_READER: fit_picture(data.pixels, labels),
     }
     for name in (config.METRICS, config.CONFUSION_MATRIX):
@@ -1108,7 +1073,7 @@ def write_model(
     with utils.atomic_write(folder / config.NEIGHBOURS) as file:
         np.savez(
             file,
-            rows=points_of(data, words[0]),
+            rows=points_of(data, scaler),
             owner=np.repeat(np.arange(len(data.labels)), int(data.k)).astype(np.int32),
             names=np.array([line["file"] for line in data.lines]),
             projection=data.projection,
@@ -1128,7 +1093,7 @@ SECTIONS = {
     "decision": "What phase 4 will do with new images",
     "evaluation": "Each reader alone, asked for a class of every image",
     "classes": "Of each class, by the descriptions",
-    "comparison": "Accuracy of the descriptions, counted in other ways",
+    "comparison": "Accuracy by the number of descriptions",
     "checks": "Checks",
 }
 """Parts of METRICS of which the figures are shown, and their titles."""
@@ -1149,11 +1114,8 @@ def section_lines(figures: Mapping[str, Any]) -> Iterator[str]:
 
 def report_lines(metrics: Mapping[str, Any], verbose: bool) -> Iterator[str]:
     """The estimates in the order in which they should be read."""
-    made, part, splits = (
-        metrics["conditions"],
-        metrics["finished_only"],
-        metrics["splits"],
-    )
+    made, part = metrics["conditions"], metrics["finished_only"]
+    splits, listed = metrics["splits"], metrics["held_out"]
     images = f"{metrics['images']} images"
     if part:
         images = f"{part['images']} of {part['labelled']} labelled images"
@@ -1168,7 +1130,6 @@ def report_lines(metrics: Mapping[str, Any], verbose: bool) -> Iterator[str]:
     for section, title in SECTIONS.items():
         yield from ("", title, *section_lines(metrics[section]))
     yield ""
-    listed = metrics["held_out"]
     wrong = [each for each in listed if each["descriptions_say"] != each["class"]]
     for each in wrong if verbose else wrong[:5]:
         yield (
@@ -1337,11 +1298,12 @@ def run(cfg: Config) -> int:
     repeats = int(np.clip(JUDGEMENTS // len(data.labels), 1, 5))
     splits = make_splits(data, data.groups, n_folds, repeats) if n_folds > 1 else []
     if not splits:
+        n = [len({*data.groups[data.labels == i]}) for i in range(len(data.classes))]
         raise PipelineError(
-            f"class {data.smallest} can't be held out in part, by {cfg.group_by}: it "
-            f"needs at least 2 (20 images or more give figures that mean something; "
-            f"equal pictures count once). Label more and {PHASE_2}, or use fewer "
-            "--folds or --group-by image"
+            f"class {data.classes[n.index(min(n))]} can't be held out in part, by "
+            f"{cfg.group_by}: it needs at least 2 (20 images or more give figures that "
+            f"mean something; equal pictures count once). Label more and {PHASE_2}, or "
+            "use fewer --folds or --group-by image"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # else it would be said after the work
@@ -1356,13 +1318,19 @@ def run(cfg: Config) -> int:
     judged = hold_out(data, splits, judge_new)
     metrics = describe_training(data, splits)
     metrics["evaluation"] = rate_readers(data, judged)
-    metrics["comparison"] = count_accuracies(data, judged, candidates[0])
+    metrics["comparison"] = {
+        f"descriptions: {name}": share_of(is_right(data, scores))
+        for name, scores in judged.items()
+        if name.isdecimal()
+    }
 
     log.info("checking for leaks")
     accuracy = metrics["evaluation"]["accuracy"]["value"]
-    metrics["checks"] = {
-        "prompts": check_prompts(data, judged),
-        "class-specific": check_specific(data, judged),
+    prompts = {"prompts": {"words": "not measured: needs both sets of them"}}
+    if data.specific.size:
+        prompts["prompts"] = check_prompts(data, judged)
+        prompts["class-specific"] = check_specific(data, judged)
+    metrics["checks"] = prompts | {
         "header fields": check_headers(data, splits, accuracy),
         "unseen": check_unseen(data, candidates[0]),
         "time": check_time(data, splits, candidates[0]),

@@ -139,7 +139,8 @@ def dataset_of(base: Path, **knobs: Any) -> fase3.Dataset:
 
 def run(base: Path, *flags: str) -> dict[str, Any]:
     """The metrics of a whole run."""
-    assert fase3.main(["--base", str(base), "--quiet", *flags]) == utils.EXIT_DONE
+    command = ["--base", str(base), "--quiet", "--folds", "3", *flags]
+    assert fase3.main(command) == utils.EXIT_DONE
     return metrics_of(base)
 
 
@@ -197,7 +198,6 @@ def test_the_report_says_what_the_metrics_say(
     metrics = run(separable, "--descriptions", "4")
     text = capsys.readouterr().out
     assert "1.00 (0.96 to 1.00) by the descriptions, 90 of 90" in text
-    assert "rows of one image on both sides" in text
     for name in metrics["class_names"]:
         assert f"  {name} " in text
     for section in fase3.SECTIONS:
@@ -227,8 +227,9 @@ def test_a_held_out_image_is_decided_as_phase_4_decides(
     metrics = {"thresholds": deepcopy(limits), "modalities": []}
     fase3.write_model(folder, data.only(training), candidate, metrics, b"")
     model = utils.load_model(folder, metrics)
+    every_row = np.load(base / "dataset_final_vlm" / config.DATASET_X)
     for number, image in enumerate(np.flatnonzero(images)):
-        rows = rows_of(base, int(image))
+        rows = every_row[12 * image + 8 : 12 * image + 12]
         label, asked, reason = fase3.answer(data, judged, (0, number), limits)
         decision = utils.decide(model, None, data.pixels[image])
         for stage in model.stages if not decision.reason else ():
@@ -287,35 +288,22 @@ def test_images_with_an_equal_picture_are_held_out_together(tmp_path: Path) -> N
     assert len(np.unique(groups)) == 35
 
 
-def test_random_labels_fall_to_chance_by_image_and_not_by_row(tmp_path: Path) -> None:
-    """What the splits let through: nothing, where a split of rows shows a leak."""
-    base = write_dataset(tmp_path, of_class=0, of_prompts=0, own=20, generic=10)
-    metrics = run(base, "--descriptions", "4")
-    low, high = metrics["evaluation"]["accuracy"]["interval"]
-    assert low <= 1 / 3 <= high
-    flatters = metrics["comparison"]["optimistic"]["value"]
-    assert flatters > metrics["evaluation"]["accuracy"]["value"] + 0.3
-
-
 def test_the_labels_of_the_held_out_side_are_never_seen(tmp_path: Path) -> None:
     """Permuted labels: whatever is still right would come from a leak."""
     data = dataset_of(write_dataset(tmp_path))
     rng, rights = np.random.default_rng(0), []
-    for _ in range(20):
+    for _ in range(10):
         shuffled = replace(data, labels=rng.permutation(data.labels))
         splits = fase3.make_splits(shuffled, data.groups, 3)
         rights.append(fase3.right_by(shuffled, splits, ("linear", 0.01)).mean())
     assert np.mean(rights) <= fase3.wilson(1 / 3, 36)[1]
 
 
-@pytest.mark.parametrize("search", ["short", "full"])
-def test_a_search_chooses_inside_the_folds_and_is_no_worse(
-    tmp_path: Path, search: str
-) -> None:
+def test_a_search_chooses_inside_the_folds_and_is_no_worse(tmp_path: Path) -> None:
     base = write_dataset(tmp_path, per_class=8, own=4)
-    metrics = run(base, "--search", search, "--descriptions", "4")
+    metrics = run(base, "--search", "full", "--descriptions", "4")
     assert metrics["evaluation"]["accuracy"]["value"] >= 0.9
-    candidates = [("linear", 0.01), *fase3.SEARCH[search]]
+    candidates = [("linear", 0.01), *fase3.SEARCH["full"]]
     assert (metrics["model"]["kernel"], metrics["model"]["c"]) in candidates
 
 
@@ -346,7 +334,7 @@ def test_images_that_look_mislabelled_are_shown_the_likeliest_first(
 # --- Checks that can fail -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_random_labels_are_not_better_than_the_commonest_class(
     tmp_path: Path, seed: int
 ) -> None:
@@ -360,7 +348,7 @@ def test_random_labels_are_not_better_than_the_commonest_class(
     assert metrics["decision"]["answered"]["value"] < 0.2
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_vectors_of_the_prompt_set_alone_make_the_prompt_check_shout(
     tmp_path: Path, seed: int
 ) -> None:
@@ -890,7 +878,7 @@ def test_thirty_classes_fit_the_terminal_and_a_small_drawing(
     base = write_dataset(tmp_path, classes=classes, per_class=3, own=2)
     run(base)
     text = capsys.readouterr().out
-    tables = text[: text.index("Accuracy of the descriptions")]
+    tables = text[: text.index("Accuracy by the number")]
     assert max(len(line) for line in tables.splitlines()) <= 100
     assert len(text.splitlines()) < 80
     picture = base / "modelo_final_vlm" / config.CONFUSION_MATRIX
@@ -1044,7 +1032,7 @@ def test_a_class_that_can_not_be_held_out_is_refused_by_its_name(
 
 
 def test_ctrl_c_ends_with_130_and_no_model(tmp_path: Path) -> None:
-    base = write_dataset(tmp_path, per_class=60)
+    base = write_dataset(tmp_path, per_class=20)
     command = [sys.executable, fase3.__file__, "--base", str(base), "--search", "full"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
