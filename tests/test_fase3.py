@@ -1057,6 +1057,19 @@ def test_a_file_in_place_of_a_folder_is_one_line(
     assert name in caplog.records[-1].getMessage()
 
 
+def test_a_model_folder_that_can_not_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(dir: Path) -> None:  # noqa: A002  (its name in tempfile)
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    write_dataset(tmp_path, per_class=3)
+    monkeypatch.setattr(fase3.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(fase3, "hold_out", None)
+    assert fase3.main(["--base", str(tmp_path)]) == utils.EXIT_COULD_NOT_RUN
+    assert "modelo_final_vlm: Permission denied" in caplog.records[-1].getMessage()
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
