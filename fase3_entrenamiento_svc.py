@@ -673,10 +673,8 @@ def grouped_estimate(right: Booleans, groups: Integers) -> dict[str, Any]:
 
 
 def mean_estimate(values: Floats, words: str = "") -> dict[str, Any]:
-    value, half = (
-        float(values.mean()),
-        Z * float(values.std(ddof=1) / len(values) ** 0.5),
-    )
+    value, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
+    half = Z * error
     return {"value": value, "interval": [value - half, value + half], "words": words}
 
 
@@ -1171,14 +1169,14 @@ def draw_confusion(metrics: Mapping[str, Any]) -> bytes:
     """
     counts = np.array([each["said"] for each in metrics["classes"].values()])
     names = [shortened(name) for name in metrics["classes"]]
-    cell, left, top = int(np.clip(1600 // len(names), 40, 120)), 220, 90
+    cell, left, top = int(np.clip(1600 // len(names), 2, 120)), 220, 90
     title = (
-        f"Held-out images by the descriptions, {metrics['k_measured']} of each\n"
+        "Held-out images: true class (rows), class by the descriptions (columns)\n"
         f"accuracy {shown(metrics['evaluation']['accuracy'])} of {metrics['images']}"
     )
     try:
         font, file = ImageFont.load_default(16), io.BytesIO()
-        size = left + max(cell * len(names), 400), top + cell * len(names) + 200
+        size = left + max(cell * len(names), 600), top + cell * len(names) + 200
         image = Image.new("RGB", size, "white")
         pen = ImageDraw.Draw(image)
         pen.text((left, 20), title, "black", font)
