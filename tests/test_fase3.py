@@ -179,6 +179,24 @@ def separable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.fixture(scope="module")
+def of_ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished model of two stages: ten generic descriptions an image."""
+    base = tmp_path_factory.mktemp("of_ten")
+    run(write_dataset(base, per_class=20, generic=10))
+    return base
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Metrics of 36 of 60 images, with four of ten descriptions and few headers."""
+    base = write_dataset(tmp_path_factory.mktemp("unfinished"))
+    with_headers(base, "kvp", ["70", "", ""] * 12)
+    with_headers(base, "modality", ["DX", "", "", "CR", "", ""] * 6)
+    seal(base, finished_only={"images": 36, "labelled": 60})
+    return run(base)
+
+
 # --- The estimates are phase 4's ------------------------------------------------------
 
 
@@ -400,10 +418,10 @@ def test_the_header_check_names_a_field_that_betrays_the_class(tmp_path: Path) -
     assert not any("alone, which" in line for line in mixed["warnings"])
 
 
-def test_images_without_headers_count_as_such(tmp_path: Path) -> None:
-    base = with_headers(write_dataset(tmp_path), "kvp", ["70", "", ""] * 12)
-    finding = check(run(base), "header fields")["words"]
-    assert "kvp (12 of 36 images have it)" in finding
+def test_images_without_headers_count_as_such(unfinished: dict[str, Any]) -> None:
+    words = check(unfinished, "header fields")["words"]
+    assert "the most telling of 2, " in words
+    assert "(12 of 36 images have it)" in words
 
 
 def test_a_detector_that_was_not_trained_on_is_held_out_without_a_flag(
@@ -585,9 +603,8 @@ def test_of_many_classes_only_some_are_left_out(tmp_path: Path) -> None:
     assert run(base)["decision"]["unknown images"]["n"] == 4 * 4
 
 
-def test_known_images_need_fewer_questions_than_all(tmp_path: Path) -> None:
-    base = write_dataset(tmp_path, per_class=20, generic=10)
-    metrics = run(base)
+def test_known_images_need_fewer_questions_than_all(of_ten: Path) -> None:
+    metrics = metrics_of(of_ten)
     questions = metrics["decision"]["questions"]
     assert list(metrics["thresholds"]["stages"]) == ["3", "10"]
     assert 2 <= questions["value"] <= 5
@@ -599,9 +616,9 @@ def test_three_descriptions_or_fewer_are_one_stage(tmp_path: Path) -> None:
     assert list(metrics["thresholds"]["stages"]) == ["3"]
 
 
-def test_a_stage_has_limits_of_its_own(tmp_path: Path) -> None:
+def test_a_stage_has_limits_of_its_own(of_ten: Path) -> None:
     """One description lies farther away than the mean of ten: so do three."""
-    stages = run(write_dataset(tmp_path, generic=10))["thresholds"]["stages"]
+    stages = metrics_of(of_ten)["thresholds"]["stages"]
     assert stages["3"]["descriptions"] != stages["10"]["descriptions"]
     assert stages["3"]["confidence"] != stages["10"]["confidence"]
     assert stages["10"]["factor"] == 1
@@ -707,13 +724,11 @@ def test_a_model_without_modalities_refuses_none(separable: Path) -> None:
     assert decision.reason == ""
 
 
-def test_the_threshold_of_a_stage_changes_that_stage_alone(tmp_path: Path) -> None:
-    base = write_dataset(tmp_path, per_class=20, generic=10)
-    run(base)
-    model = load(base)
+def test_the_threshold_of_a_stage_changes_that_stage_alone(of_ten: Path) -> None:
+    model = load(of_ten)
     model.thresholds["stages"]["3"]["confidence"]["FDT"] = utils.NEVER
-    rows = np.load(base / "dataset_final_vlm" / config.DATASET_X)[8:18]
-    pixels = pixels_of(base, 0)
+    rows = np.load(of_ten / "dataset_final_vlm" / config.DATASET_X)[8:18]
+    pixels = pixels_of(of_ten, 0)
     assert model.stages == [3, 10]
     first = utils.decide(model, rows[:3], pixels, stage=3)
     assert "no confidence in FDT" in first.reason
@@ -816,18 +831,13 @@ def test_the_metrics_hold_what_phase_4_compares(separable: Path) -> None:
         assert utils.sha256_of(folder / name) == digest
 
 
-def test_the_modalities_of_training_are_recorded(tmp_path: Path) -> None:
-    base = with_headers(write_dataset(tmp_path), "modality", ["DX", "CR", ""] * 12)
-    assert run(base)["modalities"] == ["CR", "DX"]
+def test_the_modalities_of_training_are_recorded(unfinished: dict[str, Any]) -> None:
+    assert unfinished["modalities"] == ["CR", "DX"]
 
 
-def test_an_unfinished_dataset_is_said_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = write_dataset(tmp_path)
-    seal(base, finished_only={"images": 36, "labelled": 60})
-    run(base)
-    assert capsys.readouterr().out.startswith("36 of 60 labelled images, 432 rows")
+def test_an_unfinished_dataset_is_said_first(unfinished: dict[str, Any]) -> None:
+    first = next(fase3.report_lines(unfinished, verbose=False))
+    assert first.startswith("36 of 60 labelled images, 432 rows")
 
 
 @pytest.mark.parametrize("surprise", [KeyboardInterrupt, OSError])
@@ -910,16 +920,18 @@ def test_two_images_a_class_are_enough_to_run_and_prove_little(tmp_path: Path) -
     assert any("fewer than 20" in line for line in metrics["warnings"])
 
 
-def test_fewer_descriptions_than_phase_4_asks_are_mentioned(tmp_path: Path) -> None:
-    metrics = run(write_dataset(tmp_path), "--descriptions", "10")
-    assert (metrics["k"], metrics["k_measured"]) == (10, 4)
-    assert any("phase 4 asks 10" in line for line in metrics["warnings"])
+def test_fewer_descriptions_than_phase_4_asks_are_mentioned(
+    unfinished: dict[str, Any],
+) -> None:
+    assert (unfinished["k"], unfinished["k_measured"]) == (10, 4)
+    assert any("phase 4 asks 10" in line for line in unfinished["warnings"])
 
 
-def test_errors_above_what_was_aimed_at_are_a_warning(tmp_path: Path) -> None:
-    metrics = run(write_dataset(tmp_path), "--descriptions", "4")
-    upper = metrics["decision"]["wrong"]["interval"][1]
-    assert any(f"up to {upper:.1%}" in line for line in metrics["warnings"])
+def test_errors_above_what_was_aimed_at_are_a_warning(
+    unfinished: dict[str, Any],
+) -> None:
+    upper = unfinished["decision"]["wrong"]["interval"][1]
+    assert any(f"up to {upper:.1%}" in line for line in unfinished["warnings"])
 
 
 # --- Refusals -------------------------------------------------------------------------
