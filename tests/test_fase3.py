@@ -762,7 +762,7 @@ def test_novelty_of_held_out_images_leaves_their_own_rows_out(separable: Path) -
     assert own.picture.novelty < far[7] / limits["pixels"]
 
 
-def test_few_images_can_not_show_that_one_of_them_is_unlike_the_others(
+def test_few_images_can_not_show_that_one_is_unlike_the_others(
     tmp_path: Path,
 ) -> None:
     data = dataset_of(write_dataset(tmp_path, per_class=3))
@@ -770,6 +770,8 @@ def test_few_images_can_not_show_that_one_of_them_is_unlike_the_others(
     judged = held_out(data, splits)
     limits = fase3.find_thresholds(data, judged)
     assert limits["pixels"] == judged["picture_far"].max()
+    factor = fase3.fit_factor(judged[data.k], data.labels)
+    assert limits["stages"]["10"]["factor"] == factor
 
 
 def test_long_rows_are_projected_and_keep_their_distances() -> None:
