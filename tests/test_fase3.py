@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -1078,7 +1079,7 @@ def test_a_model_folder_that_can_not_be_written_is_said_before_the_work(
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     write_dataset(tmp_path, per_class=3)
-    monkeypatch.setattr(fase3.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(fase3, "hold_out", None)
     assert fase3.main(["--base", str(tmp_path)]) == utils.EXIT_COULD_NOT_RUN
     assert "modelo_final_vlm: Permission denied" in caplog.records[-1].getMessage()
