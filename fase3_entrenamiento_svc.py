@@ -24,7 +24,9 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
 
 import io
 import logging
+import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +38,6 @@ from typing import Any
 import joblib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import minimize_scalar
 from scipy.special import betaincinv, log_softmax, softmax, stdtrit
 from sklearn import config_context
@@ -111,6 +112,8 @@ PROMISED_WITH = 0.9
 """Confidence with which a share of errors is promised."""
 Z = 1.959964
 """97.5 % quantile of the normal distribution: the limits of 95 % intervals."""
+PLAIN_LINE_S = 15.0
+"""Where there is no terminal for a bar, a line comes at most so often."""
 SHOWN_CLASSES, SHOWN_LETTERS = 12, 20
 """What tables on the terminal show of many classes, and of long names."""
 
@@ -351,6 +354,20 @@ def trainable(data: Dataset, splits: Sequence[Split]) -> bool:
     return all(len(side) == len(data.classes) for side in sides)
 
 
+def track(splits: Sequence[Split]) -> Iterator[Split]:
+    """The splits behind a bar; off a terminal behind a line every 15 s, and a last."""
+    hidden = not log.isEnabledFor(logging.INFO) or None  # None: off a terminal
+    told = start = time.monotonic()
+    with tqdm(splits, "folds", disable=hidden, leave=False) as bar:
+        for number, split in enumerate(splits, 1):
+            yield split
+            bar.update()
+            late = time.monotonic() - told > PLAIN_LINE_S
+            if bar.disable and (late or (number == len(splits) and told > start)):
+                log.info("folds: %d of %d", number, len(splits))
+                told = time.monotonic()
+
+
 def hold_out(
     data: Dataset,
     splits: Sequence[Split],
@@ -361,8 +378,7 @@ def hold_out(
     `judge_new` trains with its first dataset, and judges the second.
     """
     found: Judged = {}
-    hidden = not log.isEnabledFor(logging.INFO) or None  # None: off a terminal
-    for repeat, training, images in tqdm(splits, "folds", disable=hidden, leave=False):
+    for repeat, training, images in track(splits):
         part = judge_new(data.only(training), data.only(images))
         for name, values in part.items():
             shape = splits[-1][0] + 1, len(data.labels), *values.shape[1:]
@@ -1164,41 +1180,34 @@ def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
 def draw_confusion(metrics: Mapping[str, Any]) -> bytes:
     """Counts and shares of every true class as a PNG; empty if it can't be drawn.
 
-    An extra, drawn by Pillow: matplotlib takes seconds to load, and what Jupyter or a
-    matplotlibrc asks of it can end the phase.
+    An extra: matplotlib's defaults, no pyplot and no backend, so that what Jupyter or a
+    matplotlibrc asks for can't end the phase.
     """
-    counts = np.array([each["said"] for each in metrics["classes"].values()])
-    names = [shortened(name) for name in metrics["classes"]]
-    cell, left, top = int(np.clip(1600 // len(names), 2, 120)), 220, 90
-    title = (
-        "Held-out images: true class (rows), class by the descriptions (columns)\n"
-        f"accuracy {shown(metrics['evaluation']['accuracy'])} of {metrics['images']}"
-    )
+    os.environ.pop("MPLBACKEND", None)  # its import fails on one that is not there
     try:
-        font, file = ImageFont.load_default(16), io.BytesIO()
-        size = left + max(cell * len(names), 600), top + cell * len(names) + 200
-        image = Image.new("RGB", size, "white")
-        pen = ImageDraw.Draw(image)
-        pen.text((left, 20), title, "black", font)
-        for (row, column), count in np.ndenumerate(counts):
-            share, x, y = count / counts[row].sum(), column * cell, row * cell
-            blue = tuple(int(255 - share * (255 - dark)) for dark in (8, 81, 156))
-            box = (left + x, top + y, left + x + cell - 2, top + y + cell - 2)
-            pen.rectangle(box, blue)
-            if len(names) <= 20:
-                middle = left + x + cell / 2, top + y + cell / 2
-                ink, text = "white" if share > 0.5 else "black", f"{round(count, 1):g}"
-                pen.text(
-                    middle, f"{text}\n{share:.0%}", ink, font, "mm", align="center"
-                )
-        for number, name in enumerate(names):
-            at = (number + 0.5) * cell
-            pen.text((left - 10, top + at), name, "black", font, "rm")
-            label = Image.new("RGB", (190, cell), "white")
-            ImageDraw.Draw(label).text((190, cell / 2), name, "black", font, "rm")
-            label = label.rotate(90, expand=True)
-            image.paste(label, (int(left + number * cell), size[1] - 195))
-        image.save(file, "PNG")
+        from matplotlib import rc_context, rcdefaults  # noqa: PLC0415  (a second)
+        from matplotlib.figure import Figure  # noqa: PLC0415
+
+        counts = np.array([each["said"] for each in metrics["classes"].values()])
+        shares, file = counts / counts.sum(axis=1, keepdims=True), io.BytesIO()
+        names = [shortened(name) for name in metrics["classes"]]
+        side = min(2.5 + len(names), 16)
+        with rc_context():
+            rcdefaults()
+            drawing = Figure(figsize=(side + 0.5, side), layout="constrained")
+            axes = drawing.subplots()
+            axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            places = range(len(names))
+            axes.set_xticks(places, names, parse_math=False, rotation=90)
+            axes.set_yticks(places, names, parse_math=False)
+            axes.set(xlabel="class by the descriptions", ylabel="true class")
+            for at, count in np.ndenumerate(counts) if len(names) <= 20 else ():
+                colour = "white" if shares[at] > 0.5 else "black"
+                text = f"{round(count, 1):g}\n{shares[at]:.0%}"
+                axes.text(at[1], at[0], text, ha="center", va="center", color=colour)
+            accuracy = shown(metrics["evaluation"]["accuracy"])
+            axes.set_title(f"{metrics['images']} held-out images\naccuracy {accuracy}")
+            drawing.savefig(file, format="png", dpi=150)
     except Exception as error:
         log.warning("warning: %s is left out: %s", config.CONFUSION_MATRIX, error)
         return b""

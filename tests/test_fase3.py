@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy.special import softmax
 
 import config
@@ -866,14 +866,40 @@ def test_a_run_that_fails_while_writing_leaves_no_metrics_behind(
 def test_a_drawing_that_fails_costs_a_warning_and_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    import matplotlib.figure  # noqa: PLC0415
+
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no font")
 
     run(write_dataset(tmp_path))
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", fail)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
     run(tmp_path)
     assert "matriz_de_confusion.png is left out: no font" in caplog.text
     assert not (tmp_path / "modelo_final_vlm" / config.CONFUSION_MATRIX).exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["MPLBACKEND=module://matplotlib_inline.backend_inline", "usetex"]
+)
+def test_what_jupyter_or_a_matplotlibrc_asks_for_is_passed_over(
+    tmp_path: Path, setting: str
+) -> None:
+    base = write_dataset(tmp_path, per_class=3)
+    environment = dict(os.environ)
+    if setting == "usetex":
+        (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    else:
+        environment["MPLBACKEND"] = setting.partition("=")[2]
+    done = subprocess.run(
+        [sys.executable, fase3.__file__, "--base", str(base)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "left out" not in done.stderr
+    assert (base / "modelo_final_vlm" / config.CONFUSION_MATRIX).exists()
 
 
 def test_class_names_with_dollars_and_of_any_length_are_drawn(
