@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.special import softmax
 
 import config
 import fase3_entrenamiento_svc as fase3
@@ -138,7 +140,8 @@ def dataset_of(base: Path, **knobs: Any) -> fase3.Dataset:
 
 def run(base: Path, *flags: str) -> dict[str, Any]:
     """The metrics of a whole run."""
-    assert fase3.main(["--base", str(base), "--quiet", *flags]) == utils.EXIT_DONE
+    command = ["--base", str(base), "--quiet", "--folds", "3", *flags]
+    assert fase3.main(command) == utils.EXIT_DONE
     return metrics_of(base)
 
 
@@ -149,8 +152,16 @@ def metrics_of(base: Path) -> dict[str, Any]:
     return metrics
 
 
+def held_out(data: fase3.Dataset, splits: Sequence[fase3.Split]) -> fase3.Judged:
+    """What two readers of the default kind say of the images of every fold."""
+    return fase3.hold_out(
+        data, splits, lambda known, new: fase3.judge(known, new, ("linear", 0.01))
+    )
+
+
 def check(metrics: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(each for each in metrics["checks"] if each["name"] == name)
+    found: dict[str, Any] = metrics["checks"][name]
+    return found
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -167,6 +178,24 @@ def separable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_dataset(tmp_path_factory.mktemp("separable"), per_class=30)
     run(base, "--descriptions", "4")
     return base
+
+
+@pytest.fixture(scope="module")
+def of_ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished model of two stages: ten generic descriptions an image."""
+    base = tmp_path_factory.mktemp("of_ten")
+    run(write_dataset(base, per_class=20, generic=10))
+    return base
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Metrics of 36 of 60 images, with four of ten descriptions and few headers."""
+    base = write_dataset(tmp_path_factory.mktemp("unfinished"))
+    with_headers(base, "kvp", ["70", "", ""] * 12)
+    with_headers(base, "modality", ["DX", "", "", "CR", "", ""] * 6)
+    seal(base, finished_only={"images": 36, "labelled": 60})
+    return run(base)
 
 
 # --- The estimates are phase 4's ------------------------------------------------------
@@ -187,11 +216,13 @@ def test_the_report_says_what_the_metrics_say(
 ) -> None:
     metrics = run(separable, "--descriptions", "4")
     text = capsys.readouterr().out
-    assert "1.00 (0.96-1.00) descriptions, 90 of 90" in text
-    assert f"{metrics['decision']['answered']['value']:.2f} (" in text
-    assert "optimistic, rows of one image on both sides" in text
+    assert "1.00 (0.96 to 1.00) by the descriptions, 90 of 90" in text
     for name in metrics["class_names"]:
         assert f"  {name} " in text
+    for section in fase3.SECTIONS:
+        for figure in metrics[section].values():
+            assert fase3.shown(figure) in text if "value" in figure else True
+            assert figure["words"] in text
 
 
 @pytest.mark.parametrize("classes", [("FDT", "MTF"), ("FDT", "MTF", "TOR", "WAX")])
@@ -203,23 +234,22 @@ def test_a_held_out_image_is_decided_as_phase_4_decides(
     data = dataset_of(base, inference_descriptions=4)
     splits = fase3.make_splits(data, data.groups, 3)
     candidate = ("linear", 0.01)
-    limits = fase3.find_thresholds(
-        data, fase3.hold_out(data, splits, [candidate]), data.all
-    )
+    limits = fase3.find_thresholds(data, held_out(data, splits))
     for each in limits["stages"].values():  # an image that made a limit ties with it
         each["descriptions"] *= 1.0001
         each["confidence"] = {k: p - 1e-4 for k, p in each["confidence"].items()}
     limits["pixels"] *= 1.0001
     _, training, images = splits[0]
-    judged = fase3.judge(data, training, images, candidate)
+    judged = fase3.judge(data.only(training), data.only(images), candidate)
     judged = {name: values[None] for name, values in judged.items()}
     folder = tmp_path / "model"
     metrics = {"thresholds": deepcopy(limits), "modalities": []}
     fase3.write_model(folder, data.only(training), candidate, metrics, b"")
     model = utils.load_model(folder, metrics)
+    every_row = np.load(base / "dataset_final_vlm" / config.DATASET_X)
     for number, image in enumerate(np.flatnonzero(images)):
-        rows = rows_of(base, int(image))
-        label, asked, reason = fase3.answer(classes, judged, (0, number), limits)
+        rows = every_row[12 * image + 8 : 12 * image + 12]
+        label, asked, reason = fase3.answer(data, judged, (0, number), limits)
         decision = utils.decide(model, None, data.pixels[image])
         for stage in model.stages if not decision.reason else ():
             decision = utils.decide(
@@ -232,7 +262,7 @@ def test_a_held_out_image_is_decided_as_phase_4_decides(
             factor = limits["stages"][str(stage)]["factor"]
             scores = factor * judged[str(stage)][0, number]
             assert list(shares.values()) == pytest.approx(
-                list(fase3.softmax(scores)), abs=1e-3
+                list(softmax(scores)), abs=1e-3
             )
         expected = config.INCONCLUSIVE if label < 0 else classes[label]
         assert (decision.label, decision.stage) == (expected, asked)
@@ -277,36 +307,22 @@ def test_images_with_an_equal_picture_are_held_out_together(tmp_path: Path) -> N
     assert len(np.unique(groups)) == 35
 
 
-def test_random_labels_fall_to_chance_by_image_and_not_by_row(tmp_path: Path) -> None:
-    """What the splits let through: nothing, where a split of rows shows a leak."""
-    base = write_dataset(tmp_path, of_class=0, of_prompts=0, own=20, generic=10)
-    metrics = run(base, "--descriptions", "4")
-    low, high = metrics["evaluation"]["accuracy"]["interval"]
-    assert low <= 1 / 3 <= high
-    flatters = metrics["comparison"]["optimistic, rows of one image on both sides"]
-    assert flatters > metrics["evaluation"]["accuracy"]["value"] + 0.3
-
-
 def test_the_labels_of_the_held_out_side_are_never_seen(tmp_path: Path) -> None:
     """Permuted labels: whatever is still right would come from a leak."""
     data = dataset_of(write_dataset(tmp_path))
     rng, rights = np.random.default_rng(0), []
-    for _ in range(20):
+    for _ in range(10):
         shuffled = replace(data, labels=rng.permutation(data.labels))
         splits = fase3.make_splits(shuffled, data.groups, 3)
-        words = fase3.hold_out_words(shuffled, splits, ("linear", 0.01))
-        rights.append(words[data.k].mean())
+        rights.append(fase3.right_by(shuffled, splits, ("linear", 0.01)).mean())
     assert np.mean(rights) <= fase3.wilson(1 / 3, 36)[1]
 
 
-@pytest.mark.parametrize("search", ["short", "full"])
-def test_a_search_chooses_inside_the_folds_and_is_no_worse(
-    tmp_path: Path, search: str
-) -> None:
+def test_a_search_chooses_inside_the_folds_and_is_no_worse(tmp_path: Path) -> None:
     base = write_dataset(tmp_path, per_class=8, own=4)
-    metrics = run(base, "--search", search, "--descriptions", "4")
+    metrics = run(base, "--search", "full", "--descriptions", "4")
     assert metrics["evaluation"]["accuracy"]["value"] >= 0.9
-    candidates = [("linear", 0.01), *fase3.SEARCH[search]]
+    candidates = [("linear", 0.01), *fase3.SEARCH["full"]]
     assert (metrics["model"]["kernel"], metrics["model"]["c"]) in candidates
 
 
@@ -337,7 +353,7 @@ def test_images_that_look_mislabelled_are_shown_the_likeliest_first(
 # --- Checks that can fail -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_random_labels_are_not_better_than_the_commonest_class(
     tmp_path: Path, seed: int
 ) -> None:
@@ -351,7 +367,7 @@ def test_random_labels_are_not_better_than_the_commonest_class(
     assert metrics["decision"]["answered"]["value"] < 0.2
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_vectors_of_the_prompt_set_alone_make_the_prompt_check_shout(
     tmp_path: Path, seed: int
 ) -> None:
@@ -378,13 +394,13 @@ def test_the_prompt_check_trains_on_the_prompts_of_the_class_alone(
     rewrite(base, config.DATASET_X, without_class)
     metrics = run(base, "--descriptions", "4")
     assert metrics["evaluation"]["accuracy"]["value"] == 1
-    assert check(metrics, "prompts")["values"]["generic"] < 0.7
-    assert check(metrics, "class-specific")["values"]["generic_only"] == 1
+    assert check(metrics, "prompts")["generic"] < 0.7
+    assert check(metrics, "class-specific")["generic_only"] == 1
 
 
 def test_what_class_specific_prompts_add_is_measured(tmp_path: Path) -> None:
     base = write_dataset(tmp_path, of_class=0.5, generic=1, own=20, of_prompts=0)
-    gain = check(run(base, "--descriptions", "1"), "class-specific")["values"]["gain"]
+    gain = check(run(base, "--descriptions", "1"), "class-specific")["gain"]
     assert gain["value"] > 0
     low, high = gain["interval"]
     assert low < gain["value"] < high
@@ -396,17 +412,17 @@ def test_the_header_check_names_a_field_that_betrays_the_class(tmp_path: Path) -
     metrics = run(with_headers(base, "manufacturer", by_class), "--descriptions", "4")
     assert (
         "manufacturer (36 of 36 images have it)"
-        in check(metrics, "header fields")["finding"]
+        in check(metrics, "header fields")["words"]
     )
     assert any("manufacturer alone" in line for line in metrics["warnings"])
     mixed = run(with_headers(base, "manufacturer", ["A", "B"] * 18))
     assert not any("alone, which" in line for line in mixed["warnings"])
 
 
-def test_images_without_headers_count_as_such(tmp_path: Path) -> None:
-    base = with_headers(write_dataset(tmp_path), "kvp", ["70", "", ""] * 12)
-    finding = check(run(base), "header fields")["finding"]
-    assert "kvp (12 of 36 images have it)" in finding
+def test_images_without_headers_count_as_such(unfinished: dict[str, Any]) -> None:
+    words = check(unfinished, "header fields")["words"]
+    assert "the most telling of 2, " in words
+    assert "(12 of 36 images have it)" in words
 
 
 def test_a_detector_that_was_not_trained_on_is_held_out_without_a_flag(
@@ -421,15 +437,17 @@ def test_a_detector_that_was_not_trained_on_is_held_out_without_a_flag(
         return rows
 
     rewrite(base, config.DATASET_X, differ)
-    found = check(run(base, "--descriptions", "4"), "unseen detector")
-    assert found["values"]["groups"] == 2
-    assert found["values"]["value"] < 0.5
+    found = check(run(base, "--descriptions", "4"), "unseen")
+    assert found["words"].startswith("right on a detector not trained on")
+    assert found["groups"] == 2
+    assert found["value"] < 0.5
 
 
 def test_days_are_held_out_where_one_detector_made_all_images(tmp_path: Path) -> None:
     base = with_headers(write_dataset(tmp_path), "day", ["20240101", "20240102"] * 18)
     metrics = run(with_headers(base, "detector", ["A"] * 36), "--descriptions", "4")
-    assert check(metrics, "unseen day")["values"]["value"] == 1
+    assert check(metrics, "unseen")["held_out"] == "day"
+    assert check(metrics, "unseen")["value"] == 1
 
 
 def test_answers_that_change_during_the_run_are_told_with_the_hour(
@@ -473,7 +491,7 @@ def test_a_wilson_interval_holds_its_share(right: int, wrong: int) -> None:
 def test_answers_that_promise_five_percent(errors: int, answers: int) -> None:
     enough = fase3.promise(fase3.estimate(errors / answers, answers), 0.05)
     short = fase3.promise(fase3.estimate(errors / (answers - 1), answers - 1), 0.05)
-    assert enough["share"] <= 0.05 < short["share"]
+    assert enough["value"] <= 0.05 < short["value"]
     assert enough["answers_needed"] == 45
 
 
@@ -491,7 +509,8 @@ def test_images_are_counted_once_whatever_the_repeats(
     monkeypatch.setattr(fase3, "JUDGEMENTS", 100)
     metrics = run(write_dataset(tmp_path), "--descriptions", "4")
     assert metrics["splits"]["repeats"] == 2
-    assert np.sum(metrics["evaluation"]["confusion_matrix"]) == pytest.approx(36)
+    said = [each["said"] for each in metrics["classes"].values()]
+    assert np.sum(said) == pytest.approx(36)
     assert metrics["decision"]["answered"]["n"] == 36
     assert len(metrics["held_out"]) == 36
 
@@ -499,7 +518,7 @@ def test_images_are_counted_once_whatever_the_repeats(
 def test_calibration_finds_the_factor_that_made_the_labels() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(1, 4000, 3))
-    shares = fase3.softmax(2.5 * scores[0])
+    shares = softmax(2.5 * scores[0], axis=-1)
     labels = np.array([rng.choice(3, p=each) for each in shares])
     assert fase3.fit_factor(scores, labels) == pytest.approx(2.5, rel=0.08)
 
@@ -507,7 +526,7 @@ def test_calibration_finds_the_factor_that_made_the_labels() -> None:
 def test_a_perfect_score_does_not_make_the_confidence_1() -> None:
     labels = np.repeat([0, 1], 20)
     factor = fase3.fit_factor(np.eye(2)[labels][None], labels)
-    confidence = fase3.softmax(factor * np.array([[1.0, 0.0]]))[0, 0]
+    confidence = softmax(factor * np.array([1.0, 0.0]))[0]
     assert 0.95 < confidence < 0.99
 
 
@@ -569,25 +588,24 @@ def test_a_class_with_errors_needs_more_than_the_others(tmp_path: Path) -> None:
 
 
 def test_images_of_a_class_that_was_left_out_are_refused(separable: Path) -> None:
-    unknown = metrics_of(separable)["unknown_classes"]["refused"]
+    unknown = metrics_of(separable)["decision"]["unknown images"]
     assert unknown["value"] > 0.95
     assert unknown["n"] == 90
 
 
 def test_two_classes_are_too_few_to_leave_one_out(tmp_path: Path) -> None:
     metrics = run(write_dataset(tmp_path, classes=("FDT", "MTF")), "--verbose")
-    assert metrics["unknown_classes"] is None
+    assert metrics["decision"]["unknown images"]["words"].startswith("not measured")
 
 
 def test_of_many_classes_only_some_are_left_out(tmp_path: Path) -> None:
     classes = tuple(f"C{number:02d}" for number in range(11))
     base = write_dataset(tmp_path, classes=classes, per_class=4)
-    assert run(base)["unknown_classes"]["refused"]["n"] == 4 * 4
+    assert run(base)["decision"]["unknown images"]["n"] == 4 * 4
 
 
-def test_known_images_need_fewer_questions_than_all(tmp_path: Path) -> None:
-    base = write_dataset(tmp_path, per_class=20, generic=10)
-    metrics = run(base)
+def test_known_images_need_fewer_questions_than_all(of_ten: Path) -> None:
+    metrics = metrics_of(of_ten)
     questions = metrics["decision"]["questions"]
     assert list(metrics["thresholds"]["stages"]) == ["3", "10"]
     assert 2 <= questions["value"] <= 5
@@ -599,9 +617,9 @@ def test_three_descriptions_or_fewer_are_one_stage(tmp_path: Path) -> None:
     assert list(metrics["thresholds"]["stages"]) == ["3"]
 
 
-def test_a_stage_has_limits_of_its_own(tmp_path: Path) -> None:
+def test_a_stage_has_limits_of_its_own(of_ten: Path) -> None:
     """One description lies farther away than the mean of ten: so do three."""
-    stages = run(write_dataset(tmp_path, generic=10))["thresholds"]["stages"]
+    stages = metrics_of(of_ten)["thresholds"]["stages"]
     assert stages["3"]["descriptions"] != stages["10"]["descriptions"]
     assert stages["3"]["confidence"] != stages["10"]["confidence"]
     assert stages["10"]["factor"] == 1
@@ -618,7 +636,7 @@ def test_known_refused_is_the_share_that_seems_new(tmp_path: Path) -> None:
 def test_disagreement_costs_answers_and_saves_errors(tmp_path: Path) -> None:
     base = write_dataset(tmp_path, per_class=20, of_class=0.5, of_picture=0.6)
     decision = run(base, "--descriptions", "4")["decision"]
-    assert decision["wrong"]["value"] <= decision["one_reader"]["wrong"]["value"]
+    assert decision["wrong"]["value"] <= decision["one reader wrong"]["value"]
 
 
 # --- Decisions that phases 3 and 4 share ----------------------------------------------
@@ -707,13 +725,11 @@ def test_a_model_without_modalities_refuses_none(separable: Path) -> None:
     assert decision.reason == ""
 
 
-def test_the_threshold_of_a_stage_changes_that_stage_alone(tmp_path: Path) -> None:
-    base = write_dataset(tmp_path, per_class=20, generic=10)
-    run(base)
-    model = load(base)
+def test_the_threshold_of_a_stage_changes_that_stage_alone(of_ten: Path) -> None:
+    model = load(of_ten)
     model.thresholds["stages"]["3"]["confidence"]["FDT"] = utils.NEVER
-    rows = np.load(base / "dataset_final_vlm" / config.DATASET_X)[8:18]
-    pixels = pixels_of(base, 0)
+    rows = np.load(of_ten / "dataset_final_vlm" / config.DATASET_X)[8:18]
+    pixels = pixels_of(of_ten, 0)
     assert model.stages == [3, 10]
     first = utils.decide(model, rows[:3], pixels, stage=3)
     assert "no confidence in FDT" in first.reason
@@ -738,8 +754,8 @@ def test_reasons_come_in_the_order_of_the_rule() -> None:
 def test_novelty_of_held_out_images_leaves_their_own_rows_out(separable: Path) -> None:
     data = dataset_of(separable, inference_descriptions=4)
     splits = fase3.make_splits(data, data.groups, 5)
-    judged = fase3.hold_out(data, splits, [("linear", 0.01)])
-    limits = fase3.find_thresholds(data, judged, data.all)
+    judged = held_out(data, splits)
+    limits = fase3.find_thresholds(data, judged)
     far = judged["picture_far"][0]
     assert 0 < np.mean(far > limits["pixels"]) <= 0.05
     own = decide(separable, 7)
@@ -747,14 +763,16 @@ def test_novelty_of_held_out_images_leaves_their_own_rows_out(separable: Path) -
     assert own.picture.novelty < far[7] / limits["pixels"]
 
 
-def test_few_images_can_not_show_that_one_of_them_is_unlike_the_others(
+def test_few_images_can_not_show_that_one_is_unlike_the_others(
     tmp_path: Path,
 ) -> None:
     data = dataset_of(write_dataset(tmp_path, per_class=3))
     splits = fase3.make_splits(data, data.groups, 3)
-    judged = fase3.hold_out(data, splits, [("linear", 0.01)])
-    limits = fase3.find_thresholds(data, judged, data.all)
+    judged = held_out(data, splits)
+    limits = fase3.find_thresholds(data, judged)
     assert limits["pixels"] == judged["picture_far"].max()
+    factor = fase3.fit_factor(judged[data.k], data.labels)
+    assert limits["stages"]["10"]["factor"] == factor
 
 
 def test_long_rows_are_projected_and_keep_their_distances() -> None:
@@ -816,18 +834,13 @@ def test_the_metrics_hold_what_phase_4_compares(separable: Path) -> None:
         assert utils.sha256_of(folder / name) == digest
 
 
-def test_the_modalities_of_training_are_recorded(tmp_path: Path) -> None:
-    base = with_headers(write_dataset(tmp_path), "modality", ["DX", "CR", ""] * 12)
-    assert run(base)["modalities"] == ["CR", "DX"]
+def test_the_modalities_of_training_are_recorded(unfinished: dict[str, Any]) -> None:
+    assert unfinished["modalities"] == ["CR", "DX"]
 
 
-def test_an_unfinished_dataset_is_said_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = write_dataset(tmp_path)
-    seal(base, finished_only={"images": 36, "labelled": 60})
-    run(base)
-    assert capsys.readouterr().out.startswith("36 of 60 labelled images, 432 rows")
+def test_an_unfinished_dataset_is_said_first(unfinished: dict[str, Any]) -> None:
+    first = next(fase3.report_lines(unfinished, verbose=False))
+    assert first.startswith("36 of 60 labelled images, 432 rows")
 
 
 @pytest.mark.parametrize("surprise", [KeyboardInterrupt, OSError])
@@ -904,7 +917,7 @@ def test_thirty_classes_fit_the_terminal_and_a_small_drawing(
     base = write_dataset(tmp_path, classes=classes, per_class=3, own=2)
     run(base)
     text = capsys.readouterr().out
-    tables = text[: text.index("Accuracy of the descriptions")]
+    tables = text[: text.index("Accuracy by the number")]
     assert max(len(line) for line in tables.splitlines()) <= 100
     assert len(text.splitlines()) < 80
     picture = base / "modelo_final_vlm" / config.CONFUSION_MATRIX
@@ -925,7 +938,7 @@ def test_a_dataset_without_generic_rows_is_evaluated_with_a_loud_warning(
 
 def test_a_dataset_of_generic_rows_alone_needs_no_prompt_check(tmp_path: Path) -> None:
     metrics = run(write_dataset(tmp_path, own=0), "--descriptions", "4")
-    assert check(metrics, "prompts")["finding"].startswith("not measured")
+    assert check(metrics, "prompts")["words"].startswith("not measured")
     assert metrics["evaluation"]["accuracy"]["value"] == 1
 
 
@@ -936,16 +949,18 @@ def test_two_images_a_class_are_enough_to_run_and_prove_little(tmp_path: Path) -
     assert any("fewer than 20" in line for line in metrics["warnings"])
 
 
-def test_fewer_descriptions_than_phase_4_asks_are_mentioned(tmp_path: Path) -> None:
-    metrics = run(write_dataset(tmp_path), "--descriptions", "10")
-    assert (metrics["k"], metrics["k_measured"]) == (10, 4)
-    assert any("phase 4 asks 10" in line for line in metrics["warnings"])
+def test_fewer_descriptions_than_phase_4_asks_are_mentioned(
+    unfinished: dict[str, Any],
+) -> None:
+    assert (unfinished["k"], unfinished["k_measured"]) == (10, 4)
+    assert any("phase 4 asks 10" in line for line in unfinished["warnings"])
 
 
-def test_errors_above_what_was_aimed_at_are_a_warning(tmp_path: Path) -> None:
-    metrics = run(write_dataset(tmp_path), "--descriptions", "4")
-    upper = metrics["decision"]["wrong"]["interval"][1]
-    assert any(f"up to {upper:.1%}" in line for line in metrics["warnings"])
+def test_errors_above_what_was_aimed_at_are_a_warning(
+    unfinished: dict[str, Any],
+) -> None:
+    upper = unfinished["decision"]["wrong"]["interval"][1]
+    assert any(f"up to {upper:.1%}" in line for line in unfinished["warnings"])
 
 
 # --- Refusals -------------------------------------------------------------------------
@@ -985,7 +1000,7 @@ def other_images(base: Path) -> None:
     with_headers(base, "image_id", [str(number) for number in range(36)])
 
 
-X, Y, PIXELS = config.DATASET_X, config.DATASET_Y, config.DATASET_PIXELS
+X, PIXELS = config.DATASET_X, config.DATASET_PIXELS
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (
         lambda base: (base / "dataset_final_vlm" / config.MANIFEST).unlink(),
@@ -995,35 +1010,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: (base / "dataset_final_vlm" / X).unlink(),
         r"dataset_X\.npy is missing: run `python fase2",
     ),
-    "of an older phase 2": (age, r"older phase 2: run `python fase2.* asks nothing"),
+    "of an older phase 2": (
+        age,
+        r"older phase 2: run `python fase2.* only what is new",
+    ),
     "changed later": (change_later, "is not the file that was written"),
     "truncated": (truncate, "can't be read"),
     "pickled": (
-        lambda base: rewrite(base, Y, lambda y: y.astype(object)),
+        lambda base: rewrite(base, X, lambda rows: rows.astype(object)),
         "can't be read .*Python objects",
     ),
     "a row missing": (
         lambda base: rewrite(base, X, lambda rows: rows[:-1]),
-        "have 431, 432 and 432 rows",
+        "differ in length",
     ),
     "not a number": (lambda base: rewrite(base, X, with_nan), "are not finite"),
     "a pixel that is not a number": (
         lambda base: rewrite(base, PIXELS, with_nan),
-        r"pixeles\.npy holds values that are not finite",
+        "are not finite",
     ),
     "a picture missing": (
         lambda base: rewrite(base, PIXELS, lambda rows: rows[:-1]),
-        r"is float32 \(35, 40\), not float32 \(36, 40\)",
+        "names other images",
     ),
-    "another dtype": (
-        lambda base: rewrite(base, X, lambda rows: rows.astype(np.float64)),
-        r"is float64 \(432, 24\), not float32",
-    ),
-    "other classes": (
-        lambda base: rewrite(base, Y, lambda y: y[::-1]),
-        "name other classes",
-    ),
-    "other images": (other_images, "name other images"),
+    "other images": (other_images, "names other images"),
 }
 
 
@@ -1047,25 +1057,23 @@ def test_one_class_only_is_refused(tmp_path: Path) -> None:
         dataset_of(base)
 
 
-def test_a_class_of_one_image_is_refused_saying_how_many_are_missing(
-    tmp_path: Path,
+@pytest.mark.parametrize("flag", ["image", "detector"])
+def test_a_class_that_can_not_be_held_out_is_refused_by_its_name(
+    tmp_path: Path, flag: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = dataset_of(write_dataset(tmp_path, per_class=1))
-    with pytest.raises(utils.PipelineError, match=r"FDT has 1 image .* label 1 more"):
-        fase3.count_folds(data)
-
-
-def test_a_class_from_one_detector_can_not_be_held_out_by_detector(
-    tmp_path: Path,
-) -> None:
-    by_class = [name for name in ("FDT", "MTF", "TOR") for _ in range(12)]
-    base = with_headers(write_dataset(tmp_path), "detector", by_class)
-    with pytest.raises(utils.PipelineError, match="has the same detector"):
-        fase3.count_folds(dataset_of(base, group_by="detector"))
+    by_class = ["FDT"] * 3 + ["MTF", "TOR"] * 3
+    base = with_headers(write_dataset(tmp_path, per_class=3), "detector", by_class)
+    if flag == "image":
+        write_dataset(tmp_path, per_class=1)
+    code = fase3.main(["--base", str(base), "--group-by", flag])
+    assert code == utils.EXIT_COULD_NOT_RUN
+    line = f"class FDT can't be held out in part, by {flag}: it needs at least 2"
+    assert line in caplog.records[-1].getMessage()
+    assert not (base / "modelo_final_vlm").exists()
 
 
 def test_ctrl_c_ends_with_130_and_no_model(tmp_path: Path) -> None:
-    base = write_dataset(tmp_path, per_class=60)
+    base = write_dataset(tmp_path, per_class=20)
     command = [sys.executable, fase3.__file__, "--base", str(base), "--search", "full"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -1088,6 +1096,19 @@ def test_a_file_in_place_of_a_folder_is_one_line(
     (tmp_path / name).touch()
     assert fase3.main(["--base", str(tmp_path)]) == utils.EXIT_COULD_NOT_RUN
     assert name in caplog.records[-1].getMessage()
+
+
+def test_a_model_folder_that_can_not_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(dir: Path) -> None:  # noqa: A002  (its name in tempfile)
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    write_dataset(tmp_path, per_class=3)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(fase3, "hold_out", None)
+    assert fase3.main(["--base", str(tmp_path)]) == utils.EXIT_COULD_NOT_RUN
+    assert "modelo_final_vlm: Permission denied" in caplog.records[-1].getMessage()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_model(

@@ -173,17 +173,15 @@ def compare(n_images: int, n_features: int) -> None:
         phase = [sys.executable, "fase3_entrenamiento_svc.py", "--quiet", "--base"]
         ours, peak = cost([*phase, str(base)])
         found = utils.read_json(base / "modelo_final_vlm" / config.METRICS, "")
-        sure, decision = found["confidence"], found["decision"]
+        sure = found["confidence"]
         line = (
             f"{n_images:>5} images, {n_features} features: {ours:.1f} CPU s, accuracy "
-        )
-        line += f"{accuracy(base / 'modelo_final_vlm', new):.3f} (estimated "
-        line += f"{found['evaluation']['accuracy']['value']:.3f}), Brier score "
-        line += (
+            f"{accuracy(base / 'modelo_final_vlm', new):.3f} (estimated "
+            f"{found['evaluation']['accuracy']['value']:.3f}), Brier score "
             f"{sure['brier']:.3f}, calibration error {sure['calibration_error']:.3f}, "
+            f"questions {found['decision']['questions']['value']:.1f}, peak {peak:.0f} "
+            f"MB = {peak / megabytes:.2f} x dataset_X.npy"
         )
-        line += f"questions {decision['questions']['value']:.1f}, peak {peak:.0f} MB = "
-        line += f"{peak / megabytes:.2f} x dataset_X.npy"
         if n_images <= OBVIOUS_UP_TO and n_features == 3072:
             command = [sys.executable, "-c", OBVIOUS, str(dataset), str(plain)]
             obvious, _ = cost(command)
