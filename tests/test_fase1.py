@@ -40,7 +40,7 @@ from dicom_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence as DicomSequence
@@ -325,22 +325,12 @@ def with_icon(icon_stream: bytes) -> Dataset:
     return dataset
 
 
-def test_a_compressed_icon_is_decompressed_as_well(tmp_path: Path) -> None:
-    icon = exposure(8, 8, 8)
-    stream = samples.encode_frame(icon, uid.JPEGLSLossless, 8)
-    with_icon(stream).save_as(tmp_path / "x", enforce_file_format=True)
-    convert(tmp_path / "x", tmp_path)
-    found = read(tmp_path / "out.dcm").IconImageSequence[0].PixelData
-    assert found == icon.tobytes()
-
-
-def test_an_icon_that_cant_be_decoded_is_left_out_with_a_note(tmp_path: Path) -> None:
-    with_icon(b"\xff\xd8 not a stream \xff\xd9").save_as(
-        tmp_path / "x", enforce_file_format=True
-    )
-    outcome = convert(tmp_path / "x", tmp_path)
-    assert "icon" in outcome.record["notes"]
-    assert "PixelData" not in read(tmp_path / "out.dcm").IconImageSequence[0]
+def test_a_compressed_icon_is_left_out_with_a_note(tmp_path: Path) -> None:
+    stream = samples.encode_frame(exposure(8, 8, 8), uid.JPEGLSLossless, 8)
+    outcome = convert(saved(with_icon(stream), tmp_path), tmp_path)
+    assert outcome.record["notes"] == "a compressed icon was left out"
+    icon = read(tmp_path / "out.dcm").IconImageSequence[0]
+    assert (icon.Rows, "PixelData" in icon) == (8, False)
 
 
 def test_bits_stored_follows_the_codestream_where_they_are_used(tmp_path: Path) -> None:
@@ -599,26 +589,12 @@ def with_another_length(data: bytes) -> bytes:
     return data[:140] + struct.pack("<L", 7) + data[144:]
 
 
-def called_deflated(data: bytes) -> bytes:
-    plain, deflated = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"
-    at = data.index(plain)
-    head = data[: at - 2] + struct.pack("<H", len(deflated)) + deflated
-    (length,) = struct.unpack_from("<L", data, 140)
-    return (
-        head[:140]
-        + struct.pack("<L", length + 2)
-        + head[144:]
-        + data[at + len(plain) :]
-    )
-
-
 @pytest.mark.parametrize(
     ("damage", "note"),
     [
-        (without_preamble, "had no preamble"),
+        (without_preamble, "its preamble or file meta group was not as it must be"),
         (with_another_uid, "its file meta group had another SOPInstanceUID"),
-        (with_another_length, "its file meta group had a wrong length"),
-        (called_deflated, "said Deflated Explicit VR Little Endian, is Explicit VR"),
+        (with_another_length, "its preamble or file meta group was not as it must be"),
     ],
 )
 def test_every_repair_of_the_file_meta_group_is_noted(
@@ -644,18 +620,8 @@ def test_what_had_to_be_mended_is_read_back(
 ) -> None:
     source = write(tmp_path / "x", exposure(), BitsStored=0)
     assert not convert(source, tmp_path).reason
-    monkeypatch.setattr(fase1, "file_meta", lambda *_: b"")
+    monkeypatch.setattr(fase1, "file_meta", lambda *_: FileMetaDataset())
     assert "what is written of it can't be read" in convert(source, tmp_path).reason
-
-
-def test_how_a_big_endian_word_was_read_is_noted_where_programs_differ(
-    tmp_path: Path,
-) -> None:
-    pixels = exposure().astype(np.uint32)
-    source = write(tmp_path / "x", pixels, uid.ExplicitVRBigEndian, 32)
-    outcome = convert(source, tmp_path)
-    assert "swapped in words of 32 bits" in outcome.record["notes"]
-    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
 def test_a_multi_frame_image_is_written_whole(base: Path) -> None:
@@ -1073,10 +1039,10 @@ def test_each_bad_file_is_listed_with_its_reason_and_the_rest_goes_on(
     assert len(outputs(base)) == 1
     assert len(reasons) == 8
     assert "is empty" in reasons["empty"]
-    assert "PDF" in reasons["report.pdf"]
-    assert "JPEG picture" in reasons["picture.jpg"]
-    assert "Structured" in reasons["test-SR.dcm"] or "SR" in reasons["test-SR.dcm"]
-    assert "DICOMDIR" in reasons["DICOMDIR"]
+    for name in ("report.pdf", "text.txt", "picture.jpg"):
+        assert reasons[name] == "is not a DICOM file"
+    assert "SR" in reasons["test-SR.dcm"]
+    assert "Media Storage Directory" in reasons["DICOMDIR"]
     assert "truncated" in reasons["cut.dcm"]
 
 
