@@ -43,13 +43,12 @@ import struct
 import sys
 import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -220,23 +219,21 @@ def parse_offset(text: str) -> timedelta | None:
 
 OFFSET_TABLES = (0x7FE00001, 0x7FE00002, 0x7FE00003)
 PIXELS = b"\xe0\x7f\x10\0"
-SWAP_BYTES = (
-    dict.fromkeys(("AT", "OW", "SS", "US"), 2)
-    | dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4)
-    | dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8)
-)
+WORDS = {
+    **dict.fromkeys(("AT", "OW", "SS", "US"), 2),
+    **dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4),
+    **dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8),
+}
+"""Bytes that big endian values have in another order."""
 
 
 def raw_elements(dataset: Dataset) -> list[Any]:
     """Its elements before anything is parsed of them; without group lengths (7.2).
 
-    They are RawDataElement, or DataElement of a sequence of undefined length.
+    RawDataElement, or DataElement where a sequence has no length.
     """
-    return [
-        dataset.get_item(tag, keep_deferred=True)
-        for tag in dataset.keys()  # noqa: SIM118 - iterating would parse them
-        if tag.element
-    ]
+    tags = [tag for tag in dataset.keys() if tag.element]  # noqa: SIM118 - would parse
+    return [dataset.get_item(tag, keep_deferred=True) for tag in tags]
 
 
 def explicit(elements: Iterable[Any], signed: bool, notes: list[str]) -> Dataset:
@@ -245,23 +242,23 @@ def explicit(elements: Iterable[Any], signed: bool, notes: list[str]) -> Dataset
     `signed`, the PixelRepresentation, decides what "US or SS" means (PS3.5 A.1).
     Compressed icons are left out: an uncompressed file can't hold them.
     """
-    made: dict[BaseTag, RawDataElement | DataElement] = {}
+    made: dict[BaseTag, Any] = {}
     for one in elements:
-        is_raw, value = isinstance(one, RawDataElement), one.value or b""
-        vr = one.VR or implicit_vr(one.tag, signed)
+        tag, value, is_raw = one.tag, one.value or b"", isinstance(one, RawDataElement)
+        vr = one.VR or implicit_vr(tag, signed)
         is_plain = is_raw and one.VR and not one.is_implicit_VR and one.is_little_endian
         if vr == "SQ" and not (is_plain and PIXELS not in value):
             items: Any = convert_raw_data_element(one).value if is_raw else value
             inner = [explicit(raw_elements(item), signed, notes) for item in items]
-            made[one.tag] = DataElement(one.tag, "SQ", inner)
-        elif one.tag == PIXEL_DATA and one.length == utils.UNDEFINED_LENGTH:
+            made[tag] = DataElement(tag, "SQ", inner)
+        elif tag == PIXEL_DATA and one.length == utils.UNDEFINED_LENGTH:
             notes.append("a compressed icon was left out")
         else:
-            if not is_plain and not one.is_little_endian and vr in SWAP_BYTES:
-                value = swapped(value, SWAP_BYTES[vr])
-            made[one.tag] = RawDataElement(
-                one.tag, vr, one.length, value, 0, False, True
-            )
+            if not one.is_little_endian and (size := WORDS.get(vr)):
+                whole = len(value) // size * size  # a torn last one stays as it is
+                words = np.frombuffer(value[:whole], f"u{size}").byteswap()
+                value = words.tobytes() + value[whole:]
+            made[tag] = RawDataElement(tag, vr, one.length, value, 0, False, True)
     dataset = Dataset(made)
     # As if read in this encoding: else pydicom would parse what it writes.
     dataset.set_original_encoding(False, True, dataset._character_set)
@@ -278,18 +275,18 @@ def implicit_vr(tag: int, signed: bool) -> str:
     return vr.rsplit(" ", 1)[-1]
 
 
-def swapped(value: bytes, size: int) -> bytes:
-    """Big endian values of `size` bytes as little endian; a torn last one as it is."""
-    whole = len(value) // size * size
-    return np.frombuffer(value[:whole], f"u{size}").byteswap().tobytes() + value[whole:]
-
-
-def file_meta(dataset: Dataset, uids: Sequence[str]) -> FileMetaDataset:
-    """The file meta group (PS3.10 7.1); who sent the file is kept."""
+def file_meta(dataset: Dataset, notes: list[str]) -> FileMetaDataset:
+    """The file meta group (PS3.10 7.1), by the dataset; who sent the file is kept."""
     old, meta = dataset.file_meta, FileMetaDataset()
     meta.FileMetaInformationGroupLength = 0  # pydicom counts
     meta.FileMetaInformationVersion = b"\0\1"
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = map(UID, uids)
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        ours = utils.text(dataset, keyword)
+        theirs = utils.text(old, f"MediaStorage{keyword}")
+        if ours and ours != theirs and "had no file meta group" not in notes:
+            what = "another" if theirs else "no"
+            notes.append(f"its file meta group had {what} {keyword}")
+        setattr(meta, f"MediaStorage{keyword}", UID(ours or theirs))
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
     meta.ImplementationVersionName = IMPLEMENTATION_NAME
@@ -369,64 +366,43 @@ def _convert(task: Task, outcome: Outcome) -> None:
     give_up_after(task.timeout_s, task.source.stat().st_size)
     dataset = utils.read_dicom(task.source, task.limit_mb)
     elements, notes = raw_elements(dataset), dataset.notes
-    uids = sop_uids(dataset, notes)
-    outcome.record = {
+    meta = file_meta(dataset, notes)
+    kind = outcome.record = {
         "modality": clean(utils.text(dataset, "Modality")),
-        "sop_class": clean(UID(uids[0]).name),
+        "sop_class": clean(meta.MediaStorageSOPClassUID.name),
         "series_description": clean(utils.text(dataset, "SeriesDescription")),
     }
     if PIXEL_DATA not in dataset:
-        kind = outcome.record["modality"] or outcome.record["sop_class"]
-        raise RejectedError(f"holds no image ({kind})" if kind else "holds no image")
+        raise RejectedError(f"holds no image ({kind['modality'] or kind['sop_class']})")
     give_up_after(task.timeout_s, utils.native_size(utils.pixel_layout(dataset)))
     pixels = utils.decode(dataset, task.limit_mb)
-    left_out = {PIXEL_DATA, *OFFSET_TABLES}
-    header = explicit(
-        (
-            one
-            for one in elements
-            if one.tag not in left_out and one.tag.group not in pixels.overlays
-        ),
-        pixels.layout.PixelRepresentation == 1,
-        notes,
-    )
+    gone = (PIXEL_DATA, *OFFSET_TABLES)
+    kept = [one for one in elements if one.tag not in gone]
+    kept = [one for one in kept if one.tag.group not in pixels.overlays]
+    header = explicit(kept, pixels.layout.PixelRepresentation == 1, notes)
     for element in utils.corrections(pixels.layout, dataset):
         header[element.tag] = element
-    header.file_meta = file_meta(dataset, uids)
+    header.file_meta, header.preamble = meta, b"\0" * 128
     try:
         write(task.temporary, header, pixels.values)
     except OSError as error:
         raise _DiskError(error.strerror or error) from None
     if notes:
         read_back(task.temporary, pixels)
-    uid = clean(uids[1])
+    uid = clean(meta.MediaStorageSOPInstanceUID)
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
-    outcome.record = record_of(dataset, pixels, uid, notes)
+    outcome.record = record_of(dataset, pixels, uid)
     outcome.name = output_name(outcome.record, outcome.identity)
     with suppress(Exception):  # what can't be shown is an image all the same
         outcome.thumbnail = utils.preview(pixels, dataset)
 
 
-def sop_uids(dataset: Dataset, notes: list[str]) -> list[str]:
-    """SOP class and instance, of the dataset or else of its file meta group."""
-    uids = []
-    for keyword in ("SOPClassUID", "SOPInstanceUID"):
-        ours = utils.text(dataset, keyword)
-        theirs = utils.text(dataset.file_meta, f"MediaStorage{keyword}")
-        if ours and ours != theirs and "had no file meta group" not in notes:
-            what = "another" if theirs else "no"
-            notes.append(f"its file meta group had {what} {keyword}")
-        uids.append(ours or theirs)
-    return uids
-
-
 def write(path: Path, header: Dataset, values: Any) -> None:
-    """Write the file; a value that is buffered is not copied by pydicom."""
+    """Write the file; pydicom copies no value that is buffered, and doesn't pad it."""
     content = io.BytesIO(values.tobytes() + b"\0" * (values.nbytes % 2))
     vr = "OB" if values.itemsize == 1 else "OW"
     header[PIXEL_DATA] = DataElement(PIXEL_DATA, vr, content)
-    header.preamble = b"\0" * 128
-    with path.open("wb") as file, warnings.catch_warnings(action="ignore"):
+    with path.open("wb") as file:
         dcmwrite(file, header)
         file.flush()
         os.fsync(file.fileno())
@@ -440,25 +416,20 @@ def read_back(path: Path, pixels: utils.Pixels) -> None:
         raise RejectedError("is so damaged that what is written of it can't be read")
 
 
-def record_of(
-    dataset: Dataset, pixels: utils.Pixels, uid: str, notes: list[str]
-) -> dict[str, str]:
+def record_of(dataset: Dataset, pixels: utils.Pixels, uid: str) -> dict[str, str]:
     """What the manifest says of an image."""
-
-    def get(keyword: str) -> str:
-        return utils.text(dataset, keyword)
+    get, layout = partial(utils.text, dataset), pixels.layout
 
     def number(keyword: str, per: float = 1) -> str:
-        value = utils.number(utils.text(dataset, keyword))
+        value = utils.number(get(keyword))
         return "" if value is None else f"{value / per:.6g}"
 
-    timestamp, time_source = moment_of(lambda one: utils.text(dataset, one))
-    layout = pixels.layout
+    timestamp, time_source = moment_of(get)
     record = {
         "timestamp": timestamp,
         "time_source": time_source,
         "sop_instance_uid": uid,
-        "transfer_syntax": UID(dataset.file_meta.TransferSyntaxUID).name,
+        "transfer_syntax": dataset.file_meta.TransferSyntaxUID.name,
         "modality": get("Modality"),
         "manufacturer": get("Manufacturer"),
         "detector": get("DetectorID"),
@@ -466,13 +437,13 @@ def record_of(
         # Exposure holds whole mAs only: 1.7 stands as 1.
         "mas": number("ExposureInuAs", 1000) or number("Exposure"),
         "exposure_index": number("ExposureIndex"),
-        "rows": str(layout.Rows),
-        "columns": str(layout.Columns),
-        "bits": str(layout.BitsStored),
-        "frames": str(layout.NumberOfFrames),
+        "rows": layout.Rows,
+        "columns": layout.Columns,
+        "bits": layout.BitsStored,
+        "frames": layout.NumberOfFrames,
         "decoder": f"imagecodecs, {pixels.codec}" if pixels.codec else "none needed",
         "presentation_intent": get("PresentationIntentType"),
-        "notes": "; ".join(dict.fromkeys(notes)),
+        "notes": "; ".join(dict.fromkeys(dataset.notes)),
         "instance": number("InstanceNumber"),
     }
     return {key: clean(value) for key, value in record.items()}

@@ -869,14 +869,14 @@ def _compressed(
     """Samples of all frames, interleaved; their codec and its precision."""
     streams = _streams(value, layout.NumberOfFrames, notes)
     frames = [decode_stream(one, layout, notes) for one in streams]
-    facts, photometric = stream_facts(streams[0], layout), "RGB"
-    if not facts.comes_out_rgb:
-        photometric = layout.PhotometricInterpretation.removesuffix("_422")
-    layout.PhotometricInterpretation = photometric
-    if "PlanarConfiguration" in layout:
-        layout.PlanarConfiguration = 0
-    values = frames[0][None] if len(frames) == 1 else np.stack(frames)
-    return values, facts.codec, facts.precision
+    first, photometric = frames[0], layout.PhotometricInterpretation
+    is_rgb = first.codec == "JPEG" or photometric in ("YBR_RCT", "YBR_ICT")
+    if layout.SamplesPerPixel > 1:
+        photometric = "RGB" if is_rgb else photometric.removesuffix("_422")
+        layout.PhotometricInterpretation, layout.PlanarConfiguration = photometric, 0
+    samples = [one.samples for one in frames]
+    values = samples[0][None] if len(samples) == 1 else np.stack(samples)
+    return values, first.codec, first.precision
 
 
 def _native(element: Any, layout: Dataset, notes: list[str]) -> NDArray[Any]:
@@ -889,6 +889,8 @@ def _native(element: Any, layout: Dataset, notes: list[str]) -> NDArray[Any]:
         notes.append(f"{excess} bytes after the last frame left out")
     if not little and element.VR == "OW" and bits < 16:  # PS3.5 A.3: words are swapped
         value = np.frombuffer(value, "u2", len(value) // 2).byteswap().tobytes()
+    elif not little and element.VR == "OW" and bits > 16:  # programs differ
+        notes.append(f"bytes were swapped in words of {bits} bits")
     count = layout.NumberOfFrames * frame_samples(layout)
     if bits in (1, 12):
         packed = np.frombuffer(value, np.uint8)
@@ -896,16 +898,14 @@ def _native(element: Any, layout: Dataset, notes: list[str]) -> NDArray[Any]:
         places = (1 << np.arange(bits)).astype("<u2")
         samples = flat if bits == 1 else flat.reshape(count, bits) @ places
     elif bits in (8, 16, 32, 64):
-        kind = f"{'<' if little else '>'}{_kind(layout)}{bits // 8}"
-        samples = np.frombuffer(value, kind, count)
+        kind = "i" if layout.PixelRepresentation else "u"
+        samples = np.frombuffer(
+            value, f"{'<' if little else '>'}{kind}{bits // 8}", count
+        )
         samples = samples.astype(samples.dtype.newbyteorder("<"), copy=False)
     else:
         raise RejectedError(f"has native pixels of {bits} bits")
     return samples.reshape(layout.NumberOfFrames, -1)
-
-
-def _kind(layout: Dataset) -> str:
-    return "i" if layout.PixelRepresentation else "u"
 
 
 def _bits(samples: NDArray[Any]) -> NDArray[Any]:
@@ -992,6 +992,16 @@ def frame_of(pixels: Pixels) -> NDArray[Any]:
 # OpenJPEG, which reads HTJ2K too, clips.
 
 
+class Frame(NamedTuple):
+    """A decoded codestream."""
+
+    samples: NDArray[Any]
+    """Little endian, (rows, columns) or (rows, columns, 3)."""
+    codec: str
+    precision: int
+    """Bits that the stream says its samples have."""
+
+
 def _streams(value: bytes, count: int, notes: list[str]) -> list[bytes]:
     """The codestream of each frame (PS3.5 A.4).
 
@@ -1017,76 +1027,53 @@ def _streams(value: bytes, count: int, notes: list[str]) -> list[bytes]:
     return [b"".join(parts) for parts in frames[:count]]
 
 
-def decode_stream(stream: bytes, layout: Dataset, notes: list[str]) -> NDArray[Any]:
-    """Decode one compressed frame: (rows, columns) or (rows, columns, samples).
+def decode_stream(stream: bytes, layout: Dataset, notes: list[str]) -> Frame:
+    """Decode one compressed frame, masked or sign-extended from its own precision.
 
-    The codestream's markers, not the transfer syntax, say which codec it needs. Samples
-    are little endian, masked or sign-extended from the stream's own precision.
-    """
-    facts = stream_facts(stream, layout)
-    shape = facts.rows, facts.columns, facts.samples
-    said = layout.Rows, layout.Columns, layout.SamplesPerPixel
-    if shape != said:
-        raise RejectedError(
-            f"the {facts.codec} stream is {shape[1]}×{shape[0]}×{shape[2]},"
-            f" the header says {said[1]}×{said[0]}×{said[2]}"
-        )
-    if facts.codec == "RLE":
-        pixels = _decode_rle(stream, layout, notes)
-    elif facts.codec == "JPEG-LS":
-        pixels = imagecodecs.jpegls_decode(stream)
-    elif facts.codec in ("JPEG 2000", "HTJ2K"):
-        pixels = imagecodecs.jpeg2k_decode(stream)
-    else:
-        pixels = _decode_jpeg(stream, facts)
-    if pixels.ndim == 3 and pixels.shape[-1] != facts.samples:
-        pixels = np.moveaxis(pixels, 0, -1)
-    pixels = np.ascontiguousarray(pixels.reshape(shape if shape[2] > 1 else shape[:2]))
-    width, allocated, kind = 8 * pixels.itemsize, layout.BitsAllocated, _kind(layout)
-    if (spare := width - facts.precision) > 0:
-        pixels = (_bits(pixels) << spare).view(f"{kind}{width // 8}") >> spare
-    if facts.precision > allocated or allocated % 8:
-        allocated = 8 << max(0, (facts.precision - 1).bit_length() - 3)
-    pixels = pixels.view(f"{kind}{width // 8}")
-    return pixels.astype(f"<{kind}{allocated // 8}", copy=False)
-
-
-class StreamFacts(NamedTuple):
-    """What a codestream's own header says."""
-
-    codec: str
-    rows: int
-    columns: int
-    samples: int
-    precision: int
-    comes_out_rgb: bool = False
-    """The decoded pixels are RGB, whatever the header says."""
-    is_ycbcr: bool = False
-    """The decoder must be told to convert to RGB."""
-
-
-def stream_facts(stream: bytes, layout: Dataset) -> StreamFacts:
-    """Read a codestream's header; RLE (PS3.5 annex G) has none of these facts.
-
-    JPEG, JPEG-LS and JPEG 2000 streams end with FFD9; some writers pad them.
+    The codestream's markers, not the transfer syntax, say which codec it needs.
     """
     is_jpeg = stream.startswith(b"\xff\xd8")
     if is_jpeg or stream.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
         if stream.rfind(b"\xff\xd9") < 0:
             raise RejectedError("is truncated: the codestream has no end marker")
-        return (_jpeg_facts if is_jpeg else _j2k_facts)(stream, layout)
-    if not 1 <= stream[0] <= 15 or any(stream[1:4]) or layout.BitsAllocated % 8:
+        frame = (_decode_jpeg if is_jpeg else _decode_j2k)(stream, layout)
+    elif 1 <= stream[0] <= 15 and not any(stream[1:4]) and not layout.BitsAllocated % 8:
+        samples = _decode_rle(stream, layout, notes)
+        frame = Frame(samples, "RLE", layout.BitsAllocated)
+    else:
         start = stream[:12].hex()
         raise RejectedError(f"no codestream of a known kind: starts with {start}")
-    shape = layout.Rows, layout.Columns, layout.SamplesPerPixel
-    return StreamFacts("RLE", *shape, layout.BitsAllocated)
+    samples, precision, colours = frame.samples, frame.precision, layout.SamplesPerPixel
+    if samples.ndim == 3 and samples.shape[-1] != colours:
+        samples = np.moveaxis(samples, 0, -1)
+    shape = (layout.Rows, layout.Columns, colours)[: 3 if colours > 1 else 2]
+    bits = _bits(np.ascontiguousarray(samples.reshape(shape)))
+    kind, width = "i" if layout.PixelRepresentation else "u", 8 * bits.itemsize
+    samples = bits.view(f"{kind}{bits.itemsize}")
+    if (spare := width - precision) > 0:
+        samples = (bits << spare).view(samples.dtype) >> spare
+    allocated = layout.BitsAllocated
+    if precision > allocated or allocated % 8:
+        allocated = 8 << max(0, (precision - 1).bit_length() - 3)
+    samples = samples.astype(f"<{kind}{allocated // 8}", copy=False)
+    return frame._replace(samples=samples)
+
+
+def _check_shape(codec: str, layout: Dataset, *shape: int) -> None:
+    """Before a decoder takes memory for what a stream says of its size."""
+    said = layout.Rows, layout.Columns, layout.SamplesPerPixel
+    if shape != said:
+        raise RejectedError(
+            f"the {codec} stream is {shape[1]}×{shape[0]}×{shape[2]},"
+            f" the header says {said[1]}×{said[0]}×{said[2]}"
+        )
 
 
 _FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
-def _jpeg_facts(stream: bytes, layout: Dataset) -> StreamFacts:
-    """The frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2)."""
+def _decode_jpeg(stream: bytes, layout: Dataset) -> Frame:
+    """By the frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2); colours as RGB."""
     at, jfif, marker = 2, False, 0
     while at + 10 <= len(stream):
         marker, length = struct.unpack_from(">HH", stream, at)
@@ -1096,62 +1083,62 @@ def _jpeg_facts(stream: bytes, layout: Dataset) -> StreamFacts:
         at += 1 if marker == 0xFFFF else 2 + length
     if marker not in _FRAME_MARKERS or at + 10 > len(stream):
         raise RejectedError("the JPEG stream has no frame header")
-    precision, rows, columns, samples = struct.unpack_from(">BHHB", stream, at + 4)
+    precision, rows, columns, colours = struct.unpack_from(">BHHB", stream, at + 4)
     codec = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}.get(marker, "JPEG")
+    _check_shape(codec, layout, rows, columns, colours)
+    if codec == "JPEG-LS":
+        return Frame(imagecodecs.jpegls_decode(stream), codec, precision)
     # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
-    share = 64 if codec == "JPEG" else 1
-    if codec != "JPEG-LS" and 8 * len(stream) < rows * columns // share:
+    if 8 * len(stream) < rows * columns // (64 if codec == "JPEG" else 1):
         raise RejectedError("is truncated: so short a codestream has no such image")
-    rgb = codec == "JPEG" and samples == 3
-    rgb = rgb and ("YBR" in layout.PhotometricInterpretation or jfif)
-    is_ycbcr = rgb and stream[at + 10 : at + 19 : 3] not in (b"RGB", b"rgb")
-    return StreamFacts(codec, rows, columns, samples, precision, rgb, is_ycbcr)
+    is_ycbcr = codec == "JPEG" and (
+        ("YBR" in layout.PhotometricInterpretation or jfif)
+        and stream[at + 10 : at + 19 : 3] not in (b"RGB", b"rgb")
+    )
+    options: dict[str, Any] = {}
+    if colours == 3:
+        options = {"colorspace": "YCBCR" if is_ycbcr else "RGB", "outcolorspace": "RGB"}
+    samples: NDArray[Any] = imagecodecs.jpeg8_decode(stream, **options)
+    _check_end(stream, samples, options)
+    return Frame(samples, codec, precision)
 
 
-def _j2k_facts(stream: bytes, layout: Dataset) -> StreamFacts:
-    """The SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
-    at = stream[:4096].find(b"\xff\x4f\xff\x51")
-    if at < 0 or at + 44 > len(stream):
-        raise RejectedError("the JPEG 2000 stream has no SIZ segment")
-    able, right, bottom, left, top = struct.unpack_from(">HLLLL", stream, at + 6)
-    samples, depth = struct.unpack_from(">HB", stream, at + 40)
-    codec, precision = "HTJ2K" if able & 0x4000 else "JPEG 2000", (depth & 0x7F) + 1
-    rgb = layout.PhotometricInterpretation in ("YBR_RCT", "YBR_ICT")
-    return StreamFacts(codec, bottom - top, right - left, samples, precision, rgb)
-
-
-def _decode_jpeg(stream: bytes, facts: StreamFacts) -> NDArray[Any]:
-    """Decode, and refuse a stream whose data end before its image.
+def _check_end(stream: bytes, samples: NDArray[Any], options: dict[str, Any]) -> None:
+    """Refuse a JPEG stream whose data end before its image.
 
     libjpeg fills up such an image without a word. Where the last samples look like
     that, the stream is decoded again with more data before its end marker, and before
     the fill bytes there (ISO 10918-1 B.1.1.2): a whole one never reads them.
     """
-    options: dict[str, Any] = {}
-    if facts.samples == 3:
-        space = "YCBCR" if facts.is_ycbcr else "RGB"
-        options = {"colorspace": space, "outcolorspace": "RGB"}
-    pixels: NDArray[Any] = imagecodecs.jpeg8_decode(stream, **options)
-    corner = (pixels if pixels.ndim == 2 else pixels[..., 0])[-2:, -5:].astype(np.int64)
+    corner = np.atleast_3d(samples)[-2:, -5:, 0].astype(np.int64)
     steps = np.diff(corner[-1]), corner[-1] - corner[0]
     if any(np.all(step == step[:1]) for step in steps):
         end = len(stream[: stream.rindex(b"\xff\xd9")].rstrip(b"\xff"))
         longer = stream[:end] + b"\x55" * 64 + stream[end:]
-        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(longer, **options)):
+        if not np.array_equal(samples, imagecodecs.jpeg8_decode(longer, **options)):
             raise RejectedError("is truncated: the codestream ends before the image")
-    return pixels
+
+
+def _decode_j2k(stream: bytes, layout: Dataset) -> Frame:
+    """By the SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
+    at = stream[:4096].find(b"\xff\x4f\xff\x51")
+    if at < 0 or at + 44 > len(stream):
+        raise RejectedError("the JPEG 2000 stream has no SIZ segment")
+    able, right, bottom, left, top = struct.unpack_from(">HLLLL", stream, at + 6)
+    colours, depth = struct.unpack_from(">HB", stream, at + 40)
+    codec = "HTJ2K" if able & 0x4000 else "JPEG 2000"
+    _check_shape(codec, layout, bottom - top, right - left, colours)
+    return Frame(imagecodecs.jpeg2k_decode(stream), codec, (depth & 0x7F) + 1)
 
 
 def _decode_rle(stream: bytes, layout: Dataset, notes: list[str]) -> NDArray[Any]:
     """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
     size, plane = layout.BitsAllocated // 8, layout.Rows * layout.Columns
-    samples, (count, *starts) = (
-        layout.SamplesPerPixel,
-        struct.unpack_from("<16L", stream),
-    )
-    if count != size * samples:
-        raise RejectedError(f"has {count} RLE segments, not {size * samples}")
-    decoded, excess = np.empty((plane, samples, size), np.uint8), 0
+    needed = size * layout.SamplesPerPixel
+    count, *starts = struct.unpack_from("<16L", stream)
+    if count != needed:
+        raise RejectedError(f"has {count} RLE segments, not {needed}")
+    decoded, excess = np.empty((plane, needed // size, size), np.uint8), 0
     for index, end in enumerate([*starts[1:count], len(stream)]):
         segment = imagecodecs.packbits_decode(stream[starts[index] : end])
         if len(segment) < plane:

@@ -40,7 +40,7 @@ from dicom_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence as DicomSequence
@@ -620,8 +620,23 @@ def test_what_had_to_be_mended_is_read_back(
 ) -> None:
     source = write(tmp_path / "x", exposure(), BitsStored=0)
     assert not convert(source, tmp_path).reason
-    monkeypatch.setattr(fase1, "file_meta", lambda *_: FileMetaDataset())
+
+    def write_wrongly(file: Any, header: Dataset) -> None:
+        header.Rows = 1
+        pydicom.dcmwrite(file, header)
+
+    monkeypatch.setattr(fase1, "dcmwrite", write_wrongly)
     assert "what is written of it can't be read" in convert(source, tmp_path).reason
+
+
+def test_how_a_big_endian_word_was_read_is_noted_where_programs_differ(
+    tmp_path: Path,
+) -> None:
+    pixels = exposure().astype(np.uint32)
+    source = write(tmp_path / "x", pixels, uid.ExplicitVRBigEndian, 32)
+    outcome = convert(source, tmp_path)
+    assert "swapped in words of 32 bits" in outcome.record["notes"]
+    assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
 def test_a_multi_frame_image_is_written_whole(base: Path) -> None:

@@ -265,7 +265,7 @@ def decoded(
 ) -> Pixels:
     """A codestream, decoded under the header that an image like `like` would have."""
     layout = utils.pixel_layout(make(like, bits=bits))
-    return utils.decode_stream(stream, layout, [] if notes is None else notes)
+    return utils.decode_stream(stream, layout, [] if notes is None else notes).samples
 
 
 @pytest.mark.parametrize("name", CODECS)
