@@ -59,7 +59,8 @@ from PIL import Image
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.filewriter import dcmwrite
+from pydicom.filebase import DicomIO
+from pydicom.filewriter import dcmwrite, write_dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, ExplicitVRLittleEndian
 from tqdm import tqdm
@@ -373,7 +374,9 @@ def _convert(task: Task, outcome: Outcome) -> None:
         "series_description": clean(utils.text(dataset, "SeriesDescription")),
     }
     if PIXEL_DATA not in dataset:
-        raise RejectedError(f"holds no image ({kind['modality'] or kind['sop_class']})")
+        raise RejectedError(
+            f"holds no image ({kind['modality'] or kind['sop_class'] or 'no modality'})"
+        )
     give_up_after(task.timeout_s, utils.native_size(utils.pixel_layout(dataset)))
     pixels = utils.decode(dataset, task.limit_mb)
     gone = (PIXEL_DATA, *OFFSET_TABLES)
@@ -398,12 +401,19 @@ def _convert(task: Task, outcome: Outcome) -> None:
 
 
 def write(path: Path, header: Dataset, values: Any) -> None:
-    """Write the file; pydicom copies no value that is buffered, and doesn't pad it."""
-    content = io.BytesIO(values.tobytes() + b"\0" * (values.nbytes % 2))
-    vr = "OB" if values.itemsize == 1 else "OW"
-    header[PIXEL_DATA] = DataElement(PIXEL_DATA, vr, content)
+    """Write the file; the pixels go to the disk from where they are."""
+    after = header[PIXEL_DATA:]
+    del header[PIXEL_DATA:]
+    size, vr = (
+        values.nbytes + values.nbytes % 2,
+        b"OB" if values.itemsize == 1 else b"OW",
+    )
     with path.open("wb") as file:
         dcmwrite(file, header)
+        file.write(struct.pack("<HH2sHL", 0x7FE0, 0x0010, vr, 0, size))
+        file.write(np.ascontiguousarray(values).data.cast("B"))
+        file.write(b"\0" * (values.nbytes % 2))
+        write_dataset(DicomIO(file), after)
         file.flush()
         os.fsync(file.fileno())
 

@@ -63,7 +63,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import generate_fragments
+from pydicom.encaps import parse_fragments
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels.processing import (
@@ -992,6 +992,10 @@ def frame_of(pixels: Pixels) -> NDArray[Any]:
 # OpenJPEG, which reads HTJ2K too, clips.
 
 
+Stream = Any
+"""A codestream: a view of bytes, or bytes where it comes in several fragments."""
+
+
 class Frame(NamedTuple):
     """A decoded codestream."""
 
@@ -1002,47 +1006,50 @@ class Frame(NamedTuple):
     """Bits that the stream says its samples have."""
 
 
-def _streams(value: bytes, count: int, notes: list[str]) -> list[bytes]:
+def _streams(value: bytes, count: int, notes: list[str]) -> list[Stream]:
     """The codestream of each frame (PS3.5 A.4).
 
     A frame begins with a fragment that opens like the first. The offset table, which
     may be missing or wrong, is not needed: pydicom's `generate_frames` believes in it.
     """
-    fragments = list(generate_fragments(value))[1:]  # the first is the offset table
-    if not fragments or not fragments[0]:
+    view, (_, starts) = memoryview(value), parse_fragments(value)
+    ends = [*starts[1:], len(value)]
+    fragments = [view[at + 8 : end] for at, end in zip(starts, ends, strict=True)]
+    if len(fragments) < 2 or not fragments[1]:  # the first is the offset table
         raise RejectedError("the compressed pixel data is empty")
-    end = len(value) - len(fragments[-1])
-    if int.from_bytes(value[end - 4 : end], "little") != len(fragments[-1]):
+    del fragments[0]
+    if value[ends[-2] + 4 : ends[-2] + 8] != struct.pack("<L", len(fragments[-1])):
         raise RejectedError("is truncated: a fragment reaches beyond the pixels")
     opening = fragments[0][: 3 if fragments[0][0] == 0xFF else 8]
-    frames: list[list[bytes]] = []
+    frames: list[list[memoryview]] = []
     for one in fragments:
-        if one.startswith(opening) or len(fragments) == count:
+        if one[: len(opening)] == opening or len(fragments) == count:
             frames.append([])
         frames[-1].append(one)
     if len(frames) < count:
         raise RejectedError(f"has {len(frames)} codestreams for {count} frames")
     if spare := sum(len(one) for parts in frames[count:] for one in parts):
         notes.append(f"{spare} bytes of more frames than it says left out")
-    return [b"".join(parts) for parts in frames[:count]]
+    return [one[0] if len(one) == 1 else b"".join(one) for one in frames[:count]]
 
 
-def decode_stream(stream: bytes, layout: Dataset, notes: list[str]) -> Frame:
+def decode_stream(stream: Stream, layout: Dataset, notes: list[str]) -> Frame:
     """Decode one compressed frame, masked or sign-extended from its own precision.
 
     The codestream's markers, not the transfer syntax, say which codec it needs.
     """
-    is_jpeg = stream.startswith(b"\xff\xd8")
-    if is_jpeg or stream.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
-        if stream.rfind(b"\xff\xd9") < 0:
+    start = bytes(stream[:12])
+    is_jpeg = start.startswith(b"\xff\xd8")
+    if is_jpeg or start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
+        # Some writers pad their streams.
+        if b"\xff\xd9" not in bytes(stream[-256:]) and b"\xff\xd9" not in bytes(stream):
             raise RejectedError("is truncated: the codestream has no end marker")
         frame = (_decode_jpeg if is_jpeg else _decode_j2k)(stream, layout)
-    elif 1 <= stream[0] <= 15 and not any(stream[1:4]) and not layout.BitsAllocated % 8:
+    elif 1 <= start[0] <= 15 and not any(start[1:4]) and not layout.BitsAllocated % 8:
         samples = _decode_rle(stream, layout, notes)
         frame = Frame(samples, "RLE", layout.BitsAllocated)
     else:
-        start = stream[:12].hex()
-        raise RejectedError(f"no codestream of a known kind: starts with {start}")
+        raise RejectedError(f"no codestream of a known kind: starts {start.hex(' ')}")
     samples, precision, colours = frame.samples, frame.precision, layout.SamplesPerPixel
     if samples.ndim == 3 and samples.shape[-1] != colours:
         samples = np.moveaxis(samples, 0, -1)
@@ -1072,7 +1079,7 @@ def _check_shape(codec: str, layout: Dataset, *shape: int) -> None:
 _FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
-def _decode_jpeg(stream: bytes, layout: Dataset) -> Frame:
+def _decode_jpeg(stream: Stream, layout: Dataset) -> Frame:
     """By the frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2); colours as RGB."""
     at, jfif, marker = 2, False, 0
     while at + 10 <= len(stream):
@@ -1103,7 +1110,7 @@ def _decode_jpeg(stream: bytes, layout: Dataset) -> Frame:
     return Frame(samples, codec, precision)
 
 
-def _check_end(stream: bytes, samples: NDArray[Any], options: dict[str, Any]) -> None:
+def _check_end(stream: Stream, samples: NDArray[Any], options: dict[str, Any]) -> None:
     """Refuse a JPEG stream whose data end before its image.
 
     libjpeg fills up such an image without a word. Where the last samples look like
@@ -1113,15 +1120,16 @@ def _check_end(stream: bytes, samples: NDArray[Any], options: dict[str, Any]) ->
     corner = np.atleast_3d(samples)[-2:, -5:, 0].astype(np.int64)
     steps = np.diff(corner[-1]), corner[-1] - corner[0]
     if any(np.all(step == step[:1]) for step in steps):
-        end = len(stream[: stream.rindex(b"\xff\xd9")].rstrip(b"\xff"))
-        longer = stream[:end] + b"\x55" * 64 + stream[end:]
+        data = bytes(stream)
+        end = len(data[: data.rindex(b"\xff\xd9")].rstrip(b"\xff"))
+        longer = data[:end] + b"\x55" * 64 + data[end:]
         if not np.array_equal(samples, imagecodecs.jpeg8_decode(longer, **options)):
             raise RejectedError("is truncated: the codestream ends before the image")
 
 
-def _decode_j2k(stream: bytes, layout: Dataset) -> Frame:
+def _decode_j2k(stream: Stream, layout: Dataset) -> Frame:
     """By the SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
-    at = stream[:4096].find(b"\xff\x4f\xff\x51")
+    at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
     if at < 0 or at + 44 > len(stream):
         raise RejectedError("the JPEG 2000 stream has no SIZ segment")
     able, right, bottom, left, top = struct.unpack_from(">HLLLL", stream, at + 6)
@@ -1131,7 +1139,7 @@ def _decode_j2k(stream: bytes, layout: Dataset) -> Frame:
     return Frame(imagecodecs.jpeg2k_decode(stream), codec, (depth & 0x7F) + 1)
 
 
-def _decode_rle(stream: bytes, layout: Dataset, notes: list[str]) -> NDArray[Any]:
+def _decode_rle(stream: Stream, layout: Dataset, notes: list[str]) -> NDArray[Any]:
     """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
     size, plane = layout.BitsAllocated // 8, layout.Rows * layout.Columns
     needed = size * layout.SamplesPerPixel
