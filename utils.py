@@ -600,14 +600,10 @@ def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
         file.seek(0)
         if not head.startswith((b"\2\0", b"\x08\0", b"\0\x08")):
             raise RejectedError("is not a DICOM file" if head else "is empty")
-    begin = file.tell()
     meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
     uid = UID(text(meta, "TransferSyntaxUID"))
-    length = text(meta, "FileMetaInformationGroupLength")
-    if not meta:
-        notes.append("had no file meta group")
-    elif not begin or not uid or length != str(file.tell() - begin - 12):
-        notes.append("its preamble or file meta group was not as it must be")
+    if not uid:
+        notes.append("had no transfer syntax" if meta else "had no file meta group")
     if uid == DeflatedExplicitVRLittleEndian:
         file = _inflated(file.read(), limit_mb)
     first = file.read(8)
@@ -749,7 +745,7 @@ def pixel_layout(dataset: Dataset) -> Dataset:
     """The attributes that say how samples lie in the pixel data (PS3.3 C.7.6.3).
 
     One that is missing or impossible has its usual value. PlanarConfiguration is there
-    where there are colours; NumberOfFrames always.
+    where there are colours; NumberOfFrames always. The `notes` are those of `dataset`.
 
     Raises
     ------
@@ -776,6 +772,7 @@ def pixel_layout(dataset: Dataset) -> Dataset:
     stored, high = whole("BitsStored"), whole("HighBit")
     stored = stored if 0 < stored <= allocated else allocated
     layout = Dataset()
+    layout.notes = dataset.notes
     layout.Rows, layout.Columns, layout.NumberOfFrames = rows, columns, frames or 1
     layout.SamplesPerPixel, layout.PhotometricInterpretation = samples, photometric
     layout.BitsAllocated, layout.BitsStored = allocated, stored
@@ -789,8 +786,8 @@ def pixel_layout(dataset: Dataset) -> Dataset:
 def corrections(layout: Dataset, dataset: Dataset) -> Iterator[DataElement]:
     """The attributes of a layout that a dataset lacks, or says otherwise."""
     for element in layout:
-        is_size = element.keyword in ("Rows", "Columns", "NumberOfFrames")
-        if not is_size and text(dataset, element.keyword) != str(element.value):
+        said = text(dataset, element.keyword)
+        if said != str(element.value) and element.keyword != "NumberOfFrames":
             yield element
 
 
@@ -842,55 +839,52 @@ def decode(dataset: Dataset, limit_mb: int = config.Config.max_image_mb) -> Pixe
         notes.append(f"{right.keyword} {said}: taken as {right.value}")
     if (size := native_size(layout)) > min(limit_mb << 20, UNDEFINED_LENGTH - 1):
         raise RejectedError(f"would decode to {size >> 20} MB: see --max-image-mb")
-    uid, codec, precision = dataset.file_meta.TransferSyntaxUID, "", 0
-    is_known = uid.is_transfer_syntax
+    uid = dataset.file_meta.TransferSyntaxUID
+    is_known, codec = uid.is_transfer_syntax, ""
     is_compressed = is_known and uid.is_encapsulated
     if uid in MPEGTransferSyntaxes:
         raise RejectedError(f"{uid.name} is video, which is not for this program")
     if getattr(element, "length", 0) == UNDEFINED_LENGTH or (
         is_compressed and element.value[:4] == _ITEM
     ):
-        values, codec, precision = _compressed(element.value, layout, notes)
+        values, codec = _compressed(element.value, layout)
     elif not is_known:  # some have another byte order
         raise RejectedError(f"has an unknown transfer syntax: {uid}")
     else:
         notes += ["said compressed, is not"] if is_compressed else []
-        values = _native(element, layout, notes)
+        values = _native(element, layout)
     layout.BitsAllocated = 8 * values.itemsize
     overlays = _embedded_overlays(dataset, layout)
     notes += ["an overlay in unused bits was left out"] if overlays else []
-    values = _stored(values, layout, overlays.values(), precision, notes)
-    return Pixels(values, layout, codec, overlays)
+    return Pixels(_stored(values, layout, overlays.values()), layout, codec, overlays)
 
 
-def _compressed(
-    value: bytes, layout: Dataset, notes: list[str]
-) -> tuple[NDArray[Any], str, int]:
-    """Samples of all frames, interleaved; their codec and its precision."""
-    streams = _streams(value, layout.NumberOfFrames, notes)
-    frames = [decode_stream(one, layout, notes) for one in streams]
-    first, photometric = frames[0], layout.PhotometricInterpretation
-    is_rgb = first.codec == "JPEG" or photometric in ("YBR_RCT", "YBR_ICT")
+def _compressed(value: bytes, layout: Dataset) -> tuple[NDArray[Any], str]:
+    """Samples of all frames, interleaved, and their codec."""
+    frames = [decode_stream(one, layout) for one in _streams(value, layout)]
+    samples, codec = frames[0]
+    photometric = layout.PhotometricInterpretation
+    is_rgb = codec == "JPEG" or photometric in ("YBR_RCT", "YBR_ICT")
     if layout.SamplesPerPixel > 1:
         photometric = "RGB" if is_rgb else photometric.removesuffix("_422")
         layout.PhotometricInterpretation, layout.PlanarConfiguration = photometric, 0
-    samples = [one.samples for one in frames]
-    values = samples[0][None] if len(samples) == 1 else np.stack(samples)
-    return values, first.codec, first.precision
+    if len(frames) == 1:
+        return samples[None], codec
+    return np.stack([samples for samples, _ in frames]), codec
 
 
-def _native(element: Any, layout: Dataset, notes: list[str]) -> NDArray[Any]:
+def _native(element: Any, layout: Dataset) -> NDArray[Any]:
     """Samples of native pixel data, (frames, samples) in the order of storage."""
     value, bits, little = element.value, layout.BitsAllocated, element.is_little_endian
     if (excess := len(value) - native_size(layout)) < 0:
         needed = native_size(layout)
         raise RejectedError(f"is truncated: {len(value)} of {needed} bytes of pixels")
     if excess > 1:
-        notes.append(f"{excess} bytes after the last frame left out")
+        layout.notes.append(f"{excess} bytes after the last frame left out")
     if not little and element.VR == "OW" and bits < 16:  # PS3.5 A.3: words are swapped
         value = np.frombuffer(value, "u2", len(value) // 2).byteswap().tobytes()
     elif not little and element.VR == "OW" and bits > 16:  # programs differ
-        notes.append(f"bytes were swapped in words of {bits} bits")
+        layout.notes.append(f"bytes were swapped in words of {bits} bits")
     count = layout.NumberOfFrames * frame_samples(layout)
     if bits in (1, 12):
         packed = np.frombuffer(value, np.uint8)
@@ -899,10 +893,8 @@ def _native(element: Any, layout: Dataset, notes: list[str]) -> NDArray[Any]:
         samples = flat if bits == 1 else flat.reshape(count, bits) @ places
     elif bits in (8, 16, 32, 64):
         kind = "i" if layout.PixelRepresentation else "u"
-        samples = np.frombuffer(
-            value, f"{'<' if little else '>'}{kind}{bits // 8}", count
-        )
-        samples = samples.astype(samples.dtype.newbyteorder("<"), copy=False)
+        samples = np.frombuffer(value, f"<{kind}{bits // 8}", count)
+        samples = samples if little else samples.byteswap()
     else:
         raise RejectedError(f"has native pixels of {bits} bits")
     return samples.reshape(layout.NumberOfFrames, -1)
@@ -913,11 +905,7 @@ def _bits(samples: NDArray[Any]) -> NDArray[Any]:
 
 
 def _stored(
-    samples: NDArray[Any],
-    layout: Dataset,
-    named: Iterable[int],
-    precision: int,
-    notes: list[str],
+    samples: NDArray[Any], layout: Dataset, named: Iterable[int]
 ) -> NDArray[Any]:
     """The stored values of decoded samples: what is outside BitsStored is no pixel.
 
@@ -942,8 +930,8 @@ def _stored(
         low, top = 0 if varying & (1 << low) - 1 else low, max(used, top)
         samples = (bits << width - top).view(samples.dtype) >> width - top + low
         if top - low != stored:
-            layout.BitsStored = max(top, precision) - low
-            notes.append(f"bits stored {stored} -> {layout.BitsStored}: more are used")
+            layout.BitsStored = top - low
+            layout.notes.append(f"bits stored {stored} -> {top - low}: more are used")
     layout.HighBit = layout.BitsStored - 1
     return samples
 
@@ -995,24 +983,21 @@ def frame_of(pixels: Pixels) -> NDArray[Any]:
 Stream = Any
 """A codestream: a view of bytes, or bytes where it comes in several fragments."""
 
-
-class Frame(NamedTuple):
-    """A decoded codestream."""
-
-    samples: NDArray[Any]
-    """Little endian, (rows, columns) or (rows, columns, 3)."""
-    codec: str
-    precision: int
-    """Bits that the stream says its samples have."""
+Decoded = tuple[NDArray[Any], str, int]
+"""Samples, codec, and the bits that the stream says its samples have."""
 
 
-def _streams(value: bytes, count: int, notes: list[str]) -> list[Stream]:
+def _streams(value: bytes, layout: Dataset) -> list[Stream]:
     """The codestream of each frame (PS3.5 A.4).
 
     A frame begins with a fragment that opens like the first. The offset table, which
     may be missing or wrong, is not needed: pydicom's `generate_frames` believes in it.
     """
-    view, (_, starts) = memoryview(value), parse_fragments(value)
+    count, view, (_, starts) = (
+        layout.NumberOfFrames,
+        memoryview(value),
+        parse_fragments(value),
+    )
     ends = [*starts[1:], len(value)]
     fragments = [view[at + 8 : end] for at, end in zip(starts, ends, strict=True)]
     if len(fragments) < 2 or not fragments[1]:  # the first is the offset table
@@ -1029,41 +1014,42 @@ def _streams(value: bytes, count: int, notes: list[str]) -> list[Stream]:
     if len(frames) < count:
         raise RejectedError(f"has {len(frames)} codestreams for {count} frames")
     if spare := sum(len(one) for parts in frames[count:] for one in parts):
-        notes.append(f"{spare} bytes of more frames than it says left out")
+        layout.notes.append(f"{spare} bytes of more frames than it says left out")
     return [one[0] if len(one) == 1 else b"".join(one) for one in frames[:count]]
 
 
-def decode_stream(stream: Stream, layout: Dataset, notes: list[str]) -> Frame:
-    """Decode one compressed frame, masked or sign-extended from its own precision.
+def decode_stream(stream: Stream, layout: Dataset) -> tuple[NDArray[Any], str]:
+    """Decode one compressed frame; (rows, columns) or (rows, columns, 3), and codec.
 
-    The codestream's markers, not the transfer syntax, say which codec it needs.
+    The codestream's markers, not the transfer syntax, say which codec it needs. Samples
+    are little endian, and masked or sign-extended from the stream's own precision.
     """
     start = bytes(stream[:12])
-    is_jpeg = start.startswith(b"\xff\xd8")
-    if is_jpeg or start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
-        # Some writers pad their streams.
-        if b"\xff\xd9" not in bytes(stream[-256:]) and b"\xff\xd9" not in bytes(stream):
-            raise RejectedError("is truncated: the codestream has no end marker")
-        frame = (_decode_jpeg if is_jpeg else _decode_j2k)(stream, layout)
-    elif 1 <= start[0] <= 15 and not any(start[1:4]) and not layout.BitsAllocated % 8:
-        samples = _decode_rle(stream, layout, notes)
-        frame = Frame(samples, "RLE", layout.BitsAllocated)
+    is_rle = 1 <= start[0] <= 15 and not any(start[1:4])
+    if start.startswith(b"\xff\xd8"):
+        decode = _decode_jpeg
+    elif start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
+        decode = _decode_j2k
+    elif is_rle and not layout.BitsAllocated % 8:
+        decode = _decode_rle
     else:
         raise RejectedError(f"no codestream of a known kind: starts {start.hex(' ')}")
-    samples, precision, colours = frame.samples, frame.precision, layout.SamplesPerPixel
+    ends = b"\xff\xd9" in bytes(stream[-256:]) or b"\xff\xd9" in bytes(stream)
+    if not is_rle and not ends:  # some writers pad their streams
+        raise RejectedError("is truncated: the codestream has no end marker")
+    samples, codec, precision = decode(stream, layout)
+    colours, allocated = layout.SamplesPerPixel, layout.BitsAllocated
     if samples.ndim == 3 and samples.shape[-1] != colours:
         samples = np.moveaxis(samples, 0, -1)
     shape = (layout.Rows, layout.Columns, colours)[: 3 if colours > 1 else 2]
     bits = _bits(np.ascontiguousarray(samples.reshape(shape)))
-    kind, width = "i" if layout.PixelRepresentation else "u", 8 * bits.itemsize
+    kind = "i" if layout.PixelRepresentation else "u"
     samples = bits.view(f"{kind}{bits.itemsize}")
-    if (spare := width - precision) > 0:
+    if (spare := 8 * bits.itemsize - precision) > 0:
         samples = (bits << spare).view(samples.dtype) >> spare
-    allocated = layout.BitsAllocated
     if precision > allocated or allocated % 8:
         allocated = 8 << max(0, (precision - 1).bit_length() - 3)
-    samples = samples.astype(f"<{kind}{allocated // 8}", copy=False)
-    return frame._replace(samples=samples)
+    return samples.astype(f"<{kind}{allocated // 8}", copy=False), codec
 
 
 def _check_shape(codec: str, layout: Dataset, *shape: int) -> None:
@@ -1079,7 +1065,7 @@ def _check_shape(codec: str, layout: Dataset, *shape: int) -> None:
 _FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
-def _decode_jpeg(stream: Stream, layout: Dataset) -> Frame:
+def _decode_jpeg(stream: Stream, layout: Dataset) -> Decoded:
     """By the frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2); colours as RGB."""
     at, jfif, marker = 2, False, 0
     while at + 10 <= len(stream):
@@ -1094,7 +1080,7 @@ def _decode_jpeg(stream: Stream, layout: Dataset) -> Frame:
     codec = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}.get(marker, "JPEG")
     _check_shape(codec, layout, rows, columns, colours)
     if codec == "JPEG-LS":
-        return Frame(imagecodecs.jpegls_decode(stream), codec, precision)
+        return imagecodecs.jpegls_decode(stream), codec, precision
     # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
     if 8 * len(stream) < rows * columns // (64 if codec == "JPEG" else 1):
         raise RejectedError("is truncated: so short a codestream has no such image")
@@ -1107,7 +1093,7 @@ def _decode_jpeg(stream: Stream, layout: Dataset) -> Frame:
         options = {"colorspace": "YCBCR" if is_ycbcr else "RGB", "outcolorspace": "RGB"}
     samples: NDArray[Any] = imagecodecs.jpeg8_decode(stream, **options)
     _check_end(stream, samples, options)
-    return Frame(samples, codec, precision)
+    return samples, codec, precision
 
 
 def _check_end(stream: Stream, samples: NDArray[Any], options: dict[str, Any]) -> None:
@@ -1127,7 +1113,7 @@ def _check_end(stream: Stream, samples: NDArray[Any], options: dict[str, Any]) -
             raise RejectedError("is truncated: the codestream ends before the image")
 
 
-def _decode_j2k(stream: Stream, layout: Dataset) -> Frame:
+def _decode_j2k(stream: Stream, layout: Dataset) -> Decoded:
     """By the SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
     at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
     if at < 0 or at + 44 > len(stream):
@@ -1136,10 +1122,10 @@ def _decode_j2k(stream: Stream, layout: Dataset) -> Frame:
     colours, depth = struct.unpack_from(">HB", stream, at + 40)
     codec = "HTJ2K" if able & 0x4000 else "JPEG 2000"
     _check_shape(codec, layout, bottom - top, right - left, colours)
-    return Frame(imagecodecs.jpeg2k_decode(stream), codec, (depth & 0x7F) + 1)
+    return imagecodecs.jpeg2k_decode(stream), codec, (depth & 0x7F) + 1
 
 
-def _decode_rle(stream: Stream, layout: Dataset, notes: list[str]) -> NDArray[Any]:
+def _decode_rle(stream: Stream, layout: Dataset) -> Decoded:
     """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
     size, plane = layout.BitsAllocated // 8, layout.Rows * layout.Columns
     needed = size * layout.SamplesPerPixel
@@ -1155,8 +1141,9 @@ def _decode_rle(stream: Stream, layout: Dataset, notes: list[str]) -> NDArray[An
         decoded[:, sample, -1 - byte] = np.frombuffer(segment, np.uint8, plane)
         excess += len(segment) - plane
     if excess:
-        notes.append(f"{excess} bytes after its RLE segments left out")
-    return decoded.view(f"<u{size}").reshape(layout.Rows, layout.Columns, -1)
+        layout.notes.append(f"{excess} bytes after its RLE segments left out")
+    samples = decoded.view(f"<u{size}").reshape(layout.Rows, layout.Columns, -1)
+    return samples, "RLE", 8 * size
 
 
 # --- The picture --------------------------------------------------------------------

@@ -333,11 +333,11 @@ def test_a_compressed_icon_is_left_out_with_a_note(tmp_path: Path) -> None:
     assert (icon.Rows, "PixelData" in icon) == (8, False)
 
 
-def test_bits_stored_follows_the_codestream_where_they_are_used(tmp_path: Path) -> None:
+def test_bits_stored_grows_where_more_are_used(tmp_path: Path) -> None:
     pixels = exposure(bits=14)
     source = write(tmp_path / "x", pixels, uid.JPEG2000Lossless, 14, BitsStored=12)
     convert(source, tmp_path)
-    assert read(tmp_path / "out.dcm").BitsStored == 16
+    assert read(tmp_path / "out.dcm").BitsStored == 14
     assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
@@ -576,37 +576,37 @@ def test_a_deflated_file_that_looks_like_another_is_inflated(tmp_path: Path) -> 
     assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
+def test_another_uid_in_the_file_meta_group_is_put_right_and_noted(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path / "x", exposure())
+    data = bytearray(source.read_bytes())
+    data[data.index(b"UI", data.index(b"\2\0\3\0")) + 4] = ord("9")
+    source.write_bytes(data)
+    outcome = convert(source, tmp_path)
+    assert outcome.record["notes"] == "its file meta group had another SOPInstanceUID"
+    output = pydicom.dcmread(tmp_path / "out.dcm")
+    assert np.array_equal(output.pixel_array, exposure())
+    assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
+
+
 def without_preamble(data: bytes) -> bytes:
     return data[132:]
-
-
-def with_another_uid(data: bytes) -> bytes:
-    at = data.index(b"UI", data.index(b"\2\0\3\0"))
-    return data[: at + 4] + b"9" + data[at + 5 :]
 
 
 def with_another_length(data: bytes) -> bytes:
     return data[:140] + struct.pack("<L", 7) + data[144:]
 
 
-@pytest.mark.parametrize(
-    ("damage", "note"),
-    [
-        (without_preamble, "its preamble or file meta group was not as it must be"),
-        (with_another_uid, "its file meta group had another SOPInstanceUID"),
-        (with_another_length, "its preamble or file meta group was not as it must be"),
-    ],
-)
-def test_every_repair_of_the_file_meta_group_is_noted(
-    tmp_path: Path, damage: Callable[[bytes], bytes], note: str
+@pytest.mark.parametrize("damage", [without_preamble, with_another_length])
+def test_a_file_meta_group_of_an_odd_form_is_read(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     source = write(tmp_path / "x", exposure())
     source.write_bytes(damage(source.read_bytes()))
-    outcome = convert(source, tmp_path)
-    assert note in outcome.record["notes"]
+    assert convert(source, tmp_path).record["notes"] == ""
     output = pydicom.dcmread(tmp_path / "out.dcm")
     assert np.array_equal(output.pixel_array, exposure())
-    assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
 
 
 def test_a_whole_file_has_no_notes(tmp_path: Path) -> None:

@@ -264,8 +264,9 @@ def decoded(
     stream: bytes, like: Pixels, bits: int = 12, notes: list[str] | None = None
 ) -> Pixels:
     """A codestream, decoded under the header that an image like `like` would have."""
-    layout = utils.pixel_layout(make(like, bits=bits))
-    return utils.decode_stream(stream, layout, [] if notes is None else notes).samples
+    dataset = make(like, bits=bits)
+    dataset.notes = [] if notes is None else notes
+    return utils.decode_stream(stream, utils.pixel_layout(dataset))[0]
 
 
 @pytest.mark.parametrize("name", CODECS)
