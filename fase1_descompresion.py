@@ -250,7 +250,13 @@ def explicit(elements: Iterable[Any], signed: bool, notes: list[str]) -> Dataset
         is_plain = is_raw and one.VR and not one.is_implicit_VR and one.is_little_endian
         if vr == "SQ" and not (is_plain and PIXELS not in value):
             items: Any = convert_raw_data_element(one).value if is_raw else value
-            inner = [explicit(raw_elements(item), signed, notes) for item in items]
+            inner = []
+            for item in items or ():
+                parts, said = (
+                    raw_elements(item),
+                    utils.text(item, "PixelRepresentation"),
+                )
+                inner.append(explicit(parts, said == "1" if said else signed, notes))
             made[tag] = DataElement(tag, "SQ", inner)
         elif tag == PIXEL_DATA and one.length == utils.UNDEFINED_LENGTH:
             notes.append("a compressed icon was left out")

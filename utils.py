@@ -657,9 +657,11 @@ def _read_elements(
     dataset = read[0]
     if (rest := len(file.read())) > 1:
         notes.append(f"{rest} bytes after the dataset left out")
-    for tag in [tag for tag in dataset._dict if tag.group in (0, 2, ITEM_GROUP)]:
-        size = len(dataset._dict.pop(tag).value or b"")
-        notes.append(f"{tag} of {size} bytes left out: it has no place there")
+    for tag in tuple(dataset.keys()):
+        if tag.group in (0, 2, ITEM_GROUP):
+            size = len(dataset.get_item(tag, keep_deferred=True).value or b"")
+            notes.append(f"{tag} of {size} bytes left out: it has no place there")
+            del dataset[tag]
     return dataset
 
 
