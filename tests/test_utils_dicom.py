@@ -248,6 +248,15 @@ def test_fragments_of_one_frame_are_joined(tmp_path: Path) -> None:
     assert np.array_equal(decode_frame(read_dicom(tmp_path / "x")), pixels)
 
 
+def test_a_fragment_that_says_more_than_is_there_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", exposure(), uid.RLELossless)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"\xfe\xff\x00\xe0") + 4] += 2
+    path.write_bytes(data)
+    with pytest.raises(RejectedError, match="a fragment reaches beyond the pixels"):
+        decode_frame(read_dicom(path))
+
+
 @pytest.mark.parametrize("has_bot", [True, False])
 def test_fragments_are_shared_out_to_their_frames(
     tmp_path: Path, has_bot: bool
