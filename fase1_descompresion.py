@@ -410,10 +410,8 @@ def write(path: Path, header: Dataset, values: Any) -> None:
     """Write the file; the pixels go to the disk from where they are."""
     after = header[PIXEL_DATA:]
     del header[PIXEL_DATA:]
-    size, vr = (
-        values.nbytes + values.nbytes % 2,
-        b"OB" if values.itemsize == 1 else b"OW",
-    )
+    size = values.nbytes + values.nbytes % 2
+    vr = b"OB" if values.itemsize == 1 else b"OW"
     with path.open("wb") as file:
         dcmwrite(file, header)
         file.write(struct.pack("<HH2sHL", 0x7FE0, 0x0010, vr, 0, size))

@@ -917,9 +917,9 @@ def _stored(
     """
     top, stored, width = layout.HighBit + 1, layout.BitsStored, 8 * samples.itemsize
     low, signed = top - stored, layout.PixelRepresentation
-    least, most = (-1 << top - 1, 1 << top - 1) if signed else (0, 1 << top)
-    fits = top == width or (samples.min() >= least and samples.max() < most)
-    if low or not fits:
+    most = 1 << top - 1 if signed else 1 << top
+    fits = top == width or samples.max() < most
+    if low or not fits or (signed and samples.min() < -most):
         mask = sum(1 << bit for bit in named)
         bits = _bits(samples) & ~_bits(samples).dtype.type(mask)
         flat = bits.ravel()
