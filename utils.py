@@ -1036,8 +1036,8 @@ def decode_stream(stream: Stream, layout: Dataset) -> tuple[NDArray[Any], str]:
         decode = _decode_rle
     else:
         raise RejectedError(f"no codestream of a known kind: starts {start.hex(' ')}")
-    ends = b"\xff\xd9" in bytes(stream[-256:]) or b"\xff\xd9" in bytes(stream)
-    if not is_rle and not ends:  # some writers pad their streams
+    end = b"\xff\xd9"  # some writers pad their streams
+    if not (is_rle or end in bytes(stream[-256:]) or end in bytes(stream)):
         raise RejectedError("is truncated: the codestream has no end marker")
     samples, codec, precision = decode(stream, layout)
     colours, allocated = layout.SamplesPerPixel, layout.BitsAllocated
