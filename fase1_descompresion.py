@@ -48,7 +48,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,11 @@ from typing import Any
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from PIL import Image
-from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_data_element, write_file_meta_info
+from pydicom.filebase import DicomIO
+from pydicom.filewriter import dcmwrite, write_dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, ExplicitVRLittleEndian
 from tqdm import tqdm
@@ -218,142 +218,89 @@ def parse_offset(text: str) -> timedelta | None:
 # Elements are written as they were read, without being parsed: a value that pydicom
 # has looked at is written as pydicom understands it.
 
-Raw = dict[int, RawDataElement | DataElement]
-
 OFFSET_TABLES = (0x7FE00001, 0x7FE00002, 0x7FE00003)
-SWAP_BYTES = (
-    dict.fromkeys(("AT", "OW", "SS", "US"), 2)
-    | dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4)
-    | dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8)
-)
+PIXELS = b"\xe0\x7f\x10\0"
+WORDS = {
+    **dict.fromkeys(("AT", "OW", "SS", "US"), 2),
+    **dict.fromkeys(("FL", "OF", "OL", "SL", "UL"), 4),
+    **dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8),
+}
+"""Bytes that big endian values have in another order."""
 
 
-def raw_elements(dataset: Dataset) -> Raw:
-    """Its elements before anything is parsed of them; without group lengths (7.2)."""
-    return {
-        int(tag): dataset.get_item(tag, keep_deferred=True)
-        for tag in dataset.keys()  # noqa: SIM118 - iterating would parse them
-        if tag.element
-    }
+def raw_elements(dataset: Dataset) -> list[Any]:
+    """Its elements before anything is parsed of them; without group lengths (7.2).
+
+    RawDataElement, or DataElement where a sequence has no length.
+    """
+    tags = [tag for tag in dataset.keys() if tag.element]  # noqa: SIM118 - would parse
+    return [dataset.get_item(tag, keep_deferred=True) for tag in tags]
 
 
-def raw(tag: int, vr: str, value: bytes) -> RawDataElement:
-    """An element in Explicit VR Little Endian, padded to an even length (7.1)."""
-    value += (b" " if vr in ("CS", "LO", "SH") else b"\0") * (len(value) % 2)
-    return RawDataElement(BaseTag(tag), vr, len(value), value, 0, False, True)
-
-
-def explicit(
-    elements: Raw, dataset: Dataset, signed: bool, notes: list[str]
-) -> Iterator[RawDataElement]:
-    """Elements in their order, in Explicit VR Little Endian; values keep their bytes.
+def explicit(elements: Iterable[Any], signed: bool, notes: list[str]) -> Dataset:
+    """A dataset for `dcmwrite`, in Explicit VR Little Endian; values keep their bytes.
 
     `signed`, the PixelRepresentation, decides what "US or SS" means (PS3.5 A.1).
+    Compressed icons are left out: an uncompressed file can't hold them.
     """
-    for tag, one in sorted(elements.items()):
-        if not isinstance(one, RawDataElement):  # a sequence of undefined length
-            yield sequence(tag, one.value, signed, notes)
-            continue
-        vr, value = one.VR or implicit_vr(tag, signed), one.value or b""
-        is_plain = one.VR and not one.is_implicit_VR and one.is_little_endian
+    made: dict[BaseTag, Any] = {}
+    for one in elements:
+        tag, value, is_raw = one.tag, one.value or b"", isinstance(one, RawDataElement)
+        vr = one.VR or implicit_vr(tag, signed)
+        is_plain = is_raw and one.VR and not one.is_implicit_VR and one.is_little_endian
         if vr == "SQ" and not (is_plain and PIXELS not in value):
-            yield sequence(tag, dataset[tag].value, signed, notes)
-        elif is_plain:
-            yield one._replace(value=value)
+            items: Any = convert_raw_data_element(one).value if is_raw else value
+            inner = []
+            for item in items or ():
+                parts, said = (
+                    raw_elements(item),
+                    utils.text(item, "PixelRepresentation"),
+                )
+                inner.append(explicit(parts, said == "1" if said else signed, notes))
+            made[tag] = DataElement(tag, "SQ", inner)
+        elif tag == PIXEL_DATA and one.length == utils.UNDEFINED_LENGTH:
+            notes.append("a compressed icon was left out")
         else:
-            if not one.is_little_endian and vr in SWAP_BYTES:
-                value = swapped(value, SWAP_BYTES[vr])
-            yield raw(tag, vr, value)._replace(length=one.length)
-
-
-PIXELS = b"\xe0\x7f\x10\0"
+            if not one.is_little_endian and (size := WORDS.get(vr)):
+                whole = len(value) // size * size  # a torn last one stays as it is
+                words = np.frombuffer(value[:whole], f"u{size}").byteswap()
+                value = words.tobytes() + value[whole:]
+            made[tag] = RawDataElement(tag, vr, one.length, value, 0, False, True)
+    dataset = Dataset(made)
+    # As if read in this encoding: else pydicom would parse what it writes.
+    dataset.set_original_encoding(False, True, dataset._character_set)
+    return dataset
 
 
 def implicit_vr(tag: int, signed: bool) -> str:
     """VR of an element that has none written; UN is always right for private ones."""
     if tag >> 16 & 1:
         return "LO" if 0x10 <= tag & 0xFFFF <= 0xFF else "UN"
-    try:
-        vr = dictionary_VR(tag)
-    except KeyError:
-        return "UN"
+    vr = dictionary_VR(tag) if dictionary_has_tag(tag) else "UN"
     if vr == "US or SS":
         return "SS" if signed else "US"
     return vr.rsplit(" ", 1)[-1]
 
 
-def swapped(value: bytes, size: int) -> bytes:
-    """Big endian values of `size` bytes as little endian; a torn last one as it is."""
-    whole = len(value) // size * size
-    return np.frombuffer(value[:whole], f"u{size}").byteswap().tobytes() + value[whole:]
-
-
-def sequence(
-    tag: int, items: Iterable[Dataset] | None, signed: bool, notes: list[str]
-) -> RawDataElement:
-    """A sequence with the pixels of its items, such as icon images, decoded."""
-    content = b""
-    for item in items or ():
-        elements = raw_elements(item)
-        said = utils.text(item, "PixelRepresentation")
-        is_signed = said == "1" if said else signed
-        if getattr(elements.get(PIXEL_DATA), "length", 0) == utils.UNDEFINED_LENGTH:
-            del elements[PIXEL_DATA]
-            try:
-                pixels = utils.decode(item)
-                elements |= changed(item, pixels)
-                vr = "OB" if pixels.values.itemsize == 1 else "OW"
-                elements[PIXEL_DATA] = raw(PIXEL_DATA, vr, pixels.values.tobytes())
-            except Exception:  # each decoder raises errors of its own
-                notes.append("an icon that can't be decoded was left out")
-        inner = encoded(explicit(elements, item, is_signed, notes))
-        content += struct.pack("<HHL", 0xFFFE, 0xE000, len(inner)) + inner
-    return raw(tag, "SQ", content)
-
-
-def changed(dataset: Dataset, pixels: utils.Pixels) -> dict[int, RawDataElement]:
-    """The attributes that decompression changes, or that a reader would miss."""
-    changes = {}
-    for keyword, value in pixels.layout.attributes().items():
-        tag = tag_for_keyword(keyword) or 0
-        if utils.text(dataset, keyword) != str(value):
-            if isinstance(value, str):
-                changes[tag] = raw(tag, "CS", value.encode())
-            else:
-                changes[tag] = raw(tag, "US", struct.pack("<H", value))
-    for group, data in pixels.overlays.items():
-        at = group << 16
-        changes[at | 0x0100] = raw(at | 0x0100, "US", struct.pack("<H", 1))
-        changes[at | 0x0102] = raw(at | 0x0102, "US", struct.pack("<H", 0))
-        changes[at | 0x3000] = raw(at | 0x3000, "OW", data)
-    return changes
-
-
-def encoded(elements: Iterable[RawDataElement]) -> bytes:
-    """Elements as they stand in a file."""
-    buffer = DicomBytesIO()
-    buffer.is_little_endian, buffer.is_implicit_VR = True, False
-    for one in elements:
-        write_data_element(buffer, one)
-    return buffer.getvalue()
-
-
-def file_meta(dataset: Dataset, uids: Sequence[str]) -> bytes:
-    """Preamble and file meta group (PS3.10 7.1); who sent the file is kept."""
+def file_meta(dataset: Dataset, notes: list[str]) -> FileMetaDataset:
+    """The file meta group (PS3.10 7.1), by the dataset; who sent the file is kept."""
     old, meta = dataset.file_meta, FileMetaDataset()
     meta.FileMetaInformationGroupLength = 0  # pydicom counts
     meta.FileMetaInformationVersion = b"\0\1"
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = map(UID, uids)
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        ours = utils.text(dataset, keyword)
+        theirs = utils.text(old, f"MediaStorage{keyword}")
+        if ours and ours != theirs and "had no file meta group" not in notes:
+            what = "another" if theirs else "no"
+            notes.append(f"its file meta group had {what} {keyword}")
+        setattr(meta, f"MediaStorage{keyword}", UID(ours or theirs))
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
     meta.ImplementationVersionName = IMPLEMENTATION_NAME
     for tag in (0x00020016, 0x00020017, 0x00020018):
         if tag in old:
             meta[tag] = old[tag]
-    buffer = DicomBytesIO()
-    buffer.is_little_endian, buffer.is_implicit_VR = True, False
-    write_file_meta_info(buffer, meta, enforce_standard=False)
-    return b"\0" * 128 + b"DICM" + buffer.getvalue()
+    return meta
 
 
 # --- One file: read, decode, write --------------------------------------------------
@@ -422,81 +369,55 @@ def convert(task: Task) -> Outcome:
     return outcome
 
 
-UIDS = ("SOPClassUID", "SOPInstanceUID")
-ABOUT = {
-    "modality": "Modality",
-    "sop_class": "SOPClassUID",
-    "series_description": "SeriesDescription",
-}
-"""What is known of a file that was left out."""
-
-
 def _convert(task: Task, outcome: Outcome) -> None:
     give_up_after(task.timeout_s, task.source.stat().st_size)
     dataset = utils.read_dicom(task.source, task.limit_mb)
-    elements, notes = raw_elements(dataset), list(dataset.notes)
-    outcome.record = {key: clean(utils.text(dataset, ABOUT[key])) for key in ABOUT}
-    outcome.record["sop_class"] = UID(outcome.record["sop_class"]).name
-    if PIXEL_DATA not in elements:
-        raise RejectedError(f"holds no image{kind_of(dataset, outcome.record)}")
-    give_up_after(task.timeout_s, utils.PixelLayout.of(dataset).size)
+    elements, notes = raw_elements(dataset), dataset.notes
+    meta = file_meta(dataset, notes)
+    kind = outcome.record = {
+        "modality": clean(utils.text(dataset, "Modality")),
+        "sop_class": clean(meta.MediaStorageSOPClassUID.name),
+        "series_description": clean(utils.text(dataset, "SeriesDescription")),
+    }
+    if PIXEL_DATA not in dataset:
+        raise RejectedError(
+            f"holds no image ({kind['modality'] or kind['sop_class'] or 'no modality'})"
+        )
+    give_up_after(task.timeout_s, utils.native_size(utils.pixel_layout(dataset)))
     pixels = utils.decode(dataset, task.limit_mb)
-    notes += pixels.notes
-    for tag in (PIXEL_DATA, *OFFSET_TABLES):
-        elements.pop(tag, None)
-    elements |= changed(dataset, pixels)
-    uids = sop_uids(dataset, notes)
-    header = list(explicit(elements, dataset, pixels.layout.signed, notes))
+    gone = (PIXEL_DATA, *OFFSET_TABLES)
+    kept = [one for one in elements if one.tag not in gone]
+    kept = [one for one in kept if one.tag.group not in pixels.overlays]
+    header = explicit(kept, pixels.layout.PixelRepresentation == 1, notes)
+    for element in utils.corrections(pixels.layout, dataset):
+        header[element.tag] = element
+    header.file_meta, header.preamble = meta, b"\0" * 128
     try:
-        write(task.temporary, file_meta(dataset, uids), header, pixels.values)
+        write(task.temporary, header, pixels.values)
     except OSError as error:
         raise _DiskError(error.strerror or error) from None
     if notes:
         read_back(task.temporary, pixels)
-    uid = clean(uids[1])
+    uid = clean(meta.MediaStorageSOPInstanceUID)
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
-    outcome.record = record_of(dataset, pixels, uid, notes)
+    outcome.record = record_of(dataset, pixels, uid)
     outcome.name = output_name(outcome.record, outcome.identity)
     with suppress(Exception):  # what can't be shown is an image all the same
         outcome.thumbnail = utils.preview(pixels, dataset)
 
 
-def kind_of(dataset: Dataset, about: Mapping[str, str]) -> str:
-    """What a DICOM file without pixels is, as far as it says."""
-    names = sorted({about["modality"], about["sop_class"]} - {""})
-    if "DirectoryRecordSequence" in dataset:
-        names = ["a DICOMDIR"]
-    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
-        names = ["floating point pixels"]
-    return f" ({', '.join(names)})" if names else ""
-
-
-def sop_uids(dataset: Dataset, notes: list[str]) -> list[str]:
-    """SOP class and instance, of the dataset or else of its file meta group."""
-    uids = []
-    for keyword in UIDS:
-        ours = utils.text(dataset, keyword)
-        theirs = utils.text(dataset.file_meta, f"MediaStorage{keyword}")
-        if ours and ours != theirs and "had no file meta group" not in notes:
-            what = "another" if theirs else "no"
-            notes.append(f"its file meta group had {what} {keyword}")
-        uids.append(ours or theirs)
-    return uids
-
-
-def write(
-    path: Path, meta: bytes, header: Sequence[RawDataElement], values: Any
-) -> None:
+def write(path: Path, header: Dataset, values: Any) -> None:
     """Write the file; the pixels go to the disk from where they are."""
-    vr = b"OB" if values.itemsize == 1 else b"OW"
+    after = header[PIXEL_DATA:]
+    del header[PIXEL_DATA:]
     size = values.nbytes + values.nbytes % 2
+    vr = b"OB" if values.itemsize == 1 else b"OW"
     with path.open("wb") as file:
-        file.write(meta)
-        file.write(encoded(one for one in header if one.tag < PIXEL_DATA))
+        dcmwrite(file, header)
         file.write(struct.pack("<HH2sHL", 0x7FE0, 0x0010, vr, 0, size))
         file.write(np.ascontiguousarray(values).data.cast("B"))
         file.write(b"\0" * (values.nbytes % 2))
-        file.write(encoded(one for one in header if one.tag > PIXEL_DATA))
+        write_dataset(DicomIO(file), after)
         file.flush()
         os.fsync(file.fileno())
 
@@ -504,30 +425,25 @@ def write(
 def read_back(path: Path, pixels: utils.Pixels) -> None:
     """See that a header that had to be mended can be read, and says the same."""
     dataset = utils.read_dicom(path)
-    layout, size = utils.PixelLayout.of(dataset), len(dataset[PIXEL_DATA].value)
+    layout, size = utils.pixel_layout(dataset), len(dataset[PIXEL_DATA].value)
     if dataset.notes or layout != pixels.layout or size - pixels.values.nbytes > 1:
         raise RejectedError("is so damaged that what is written of it can't be read")
 
 
-def record_of(
-    dataset: Dataset, pixels: utils.Pixels, uid: str, notes: list[str]
-) -> dict[str, str]:
+def record_of(dataset: Dataset, pixels: utils.Pixels, uid: str) -> dict[str, str]:
     """What the manifest says of an image."""
-
-    def get(keyword: str) -> str:
-        return utils.text(dataset, keyword)
+    get, layout = partial(utils.text, dataset), pixels.layout
 
     def number(keyword: str, per: float = 1) -> str:
-        value = utils.number(utils.text(dataset, keyword))
+        value = utils.number(get(keyword))
         return "" if value is None else f"{value / per:.6g}"
 
-    timestamp, time_source = moment_of(lambda one: utils.text(dataset, one))
-    layout = pixels.layout
+    timestamp, time_source = moment_of(get)
     record = {
         "timestamp": timestamp,
         "time_source": time_source,
         "sop_instance_uid": uid,
-        "transfer_syntax": UID(dataset.file_meta.TransferSyntaxUID).name,
+        "transfer_syntax": dataset.file_meta.TransferSyntaxUID.name,
         "modality": get("Modality"),
         "manufacturer": get("Manufacturer"),
         "detector": get("DetectorID"),
@@ -535,13 +451,13 @@ def record_of(
         # Exposure holds whole mAs only: 1.7 stands as 1.
         "mas": number("ExposureInuAs", 1000) or number("Exposure"),
         "exposure_index": number("ExposureIndex"),
-        "rows": str(layout.rows),
-        "columns": str(layout.columns),
-        "bits": str(layout.bits_stored),
-        "frames": str(layout.frames),
+        "rows": layout.Rows,
+        "columns": layout.Columns,
+        "bits": layout.BitsStored,
+        "frames": layout.NumberOfFrames,
         "decoder": f"imagecodecs, {pixels.codec}" if pixels.codec else "none needed",
         "presentation_intent": get("PresentationIntentType"),
-        "notes": "; ".join(dict.fromkeys(notes)),
+        "notes": "; ".join(dict.fromkeys(dataset.notes)),
         "instance": number("InstanceNumber"),
     }
     return {key: clean(value) for key, value in record.items()}

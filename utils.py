@@ -32,6 +32,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -60,9 +61,10 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.dataelem import DataElement, RawDataElement
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.filereader import data_element_generator, read_dataset
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import parse_fragments
+from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels.processing import (
     apply_color_lut,
@@ -77,6 +79,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    MPEGTransferSyntaxes,
 )
 from pydicom.valuerep import VR
 
@@ -541,11 +544,10 @@ class Journal:
 # them, and for phases 2 and 4, which look at them. Never changes a file, and believes
 # no decoder that it has not checked.
 #
-# pydicom reads the elements. Not by `dcmread`, which inflates without bound, believes
-# in the byte order that the file names and returns nothing where a delimiter is
-# missing. Frames go to imagecodecs directly: pydicom's decoders take the word of the
-# transfer syntax for that of the codestream and fall back on GDCM, which aborts the
-# process on damaged streams, or makes images of them that nobody took.
+# pydicom reads the elements and splits the pixels into fragments. Not by `dcmread`: it
+# inflates without bound and can't be told where an image ends. Nor by its decoders:
+# they take the word of the transfer syntax for that of the codestream. imagecodecs
+# decodes.
 
 PIXEL_DATA, ITEM_GROUP, UNDEFINED_LENGTH = 0x7FE00010, 0xFFFE, 0xFFFFFFFF
 KNOWN_VRS = frozenset(vr.value for vr in VR if len(vr) == 2)
@@ -555,52 +557,31 @@ BLANK_VRS = (b"  ", b"--", b"??")
 HEADER_MB = 64
 """Room for the header beside --max-image-mb."""
 
-Elements = dict[BaseTag, RawDataElement | DataElement]
 _ITEM, _END_OF_ITEMS = b"\xfe\xff\0\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
 
-_OTHER_KINDS = {
-    **{b"%PDF": "a PDF document", b"PK": "a ZIP archive or an office document"},
-    **{b"\xff\xd8\xff": "a JPEG picture", b"\x89PNG": "a PNG picture"},
-    **{
-        b"II*\0": "a TIFF picture",
-        b"MM\0*": "a TIFF picture",
-        b"GIF8": "a GIF picture",
-    },
-    **{b"\x1f\x8b": "a gzip archive", b"<": "an XML or HTML document"},
-}
 
-
-def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> FileDataset:
+def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> Dataset:
     """Read a DICOM file, whatever its preamble and file meta group say (PS3.10 7.1).
 
     The dataset holds raw elements; ``file_meta.TransferSyntaxUID`` says how the bytes
     are encoded, and the attribute ``notes`` (list of str) what had to be mended.
 
-    Parameters
-    ----------
-    path : Path
-        A regular file; anything else is refused without being opened for long.
-    limit_mb : int
-        Refuse files that are, or inflate to, more than this and HEADER_MB.
-
     Raises
     ------
     RejectedError
-        Not a DICOM file, damaged or too large.
+        Not a DICOM file, damaged, or it is, or inflates to, more than `limit_mb` and
+        HEADER_MB megabytes.
     OSError
         The file can't be read, or changed meanwhile.
     """
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    with open(os.open(path, flags), "rb") as file, _silence():  # noqa: PTH123
+    if path.exists() and not path.is_file():
+        raise RejectedError("is not a regular file")
+    with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
         before = os.fstat(file.fileno())
-        if not stat.S_ISREG(before.st_mode):
-            raise RejectedError("is not a regular file")
-        begin = _first_element(file.read(512))
         if before.st_size > limit_mb + HEADER_MB << 20:
             raise RejectedError(f"is larger than {limit_mb + HEADER_MB} MB")
-        file.seek(begin)
         try:
-            dataset = _read_dataset(file, before.st_size, limit_mb + HEADER_MB)
+            dataset = _read_dataset(file, limit_mb + HEADER_MB)
         except (RejectedError, MemoryError):
             raise
         except Exception as error:  # pydicom raises whatever a broken header provokes
@@ -613,192 +594,125 @@ def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> FileDa
     return dataset
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep to ourselves what pydicom remarks on headers that it reads all the same."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _first_element(head: bytes) -> int:
-    """Its offset; RejectedError where there can't be one."""
-    if head[128:132] == b"DICM":
-        return 132
-    group, element = struct.unpack_from("<HH", head) if len(head) >= 8 else (0, 0)
-    if group in (2, 4, 8, 0x0200, 0x0400, 0x0800):
-        (length,) = struct.unpack_from("<L" if group < 9 else ">L", head, 4)
-        if _names_vr(head) or (element < 0x2000 and length <= 1024):
-            return 0
-    kinds = (kind for magic, kind in _OTHER_KINDS.items() if head.startswith(magic))
-    kind = next((f" but {kind}" for kind in kinds), "")
-    raise RejectedError(f"is not a DICOM file{kind}" if head else "is empty")
-
-
-def _names_vr(element: bytes) -> bool:
-    return element[4:6].decode("latin-1") in KNOWN_VRS
-
-
-def _read_dataset(file: BinaryIO, size: int, limit_mb: int) -> FileDataset:
-    begin = file.tell()
+def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
+    head, notes = file.read(132), list[str]()
+    if head[128:] != b"DICM":
+        file.seek(0)
+        if not head.startswith((b"\2\0", b"\x08\0", b"\0\x08")):
+            raise RejectedError("is not a DICOM file" if head else "is empty")
     meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-    start, notes = file.tell(), list(_meta_faults(meta, begin, file.tell()))
-    named = text(meta, "TransferSyntaxUID")
+    uid = UID(text(meta, "TransferSyntaxUID"))
+    if not uid:
+        notes.append("had no transfer syntax" if meta else "had no file meta group")
+    if uid == DeflatedExplicitVRLittleEndian:
+        file = _inflated(file.read(), limit_mb)
     first = file.read(8)
     if len(first) < 8:
         raise RejectedError("is truncated: there is nothing after the file meta group")
-    file.seek(start)
-    deflated = named == DeflatedExplicitVRLittleEndian
-    if deflated and (data := _inflate(file.read(), limit_mb, not _names_vr(first))):
-        file, size, start, first = io.BytesIO(data), len(data), 0, data[:8]
-    file.seek(start)
-    little, big = struct.unpack("<H", first[:2])[0], struct.unpack(">H", first[:2])[0]
-    implicit, is_little = not _names_vr(first), not (big < little and big <= 0x20)
-    native = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    file.seek(-8, os.SEEK_CUR)
+    little, implicit = first[0] > 0, first[4:6].decode("latin-1") not in KNOWN_VRS
+    native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     native = ImplicitVRLittleEndian if implicit else native
-    uid = UID(named or native)
     if uid.is_transfer_syntax and (
-        (uid.is_implicit_VR, uid.is_little_endian) != (implicit, is_little)
-        or (deflated and not isinstance(file, io.BytesIO))
+        (uid.is_implicit_VR, uid.is_little_endian) != (implicit, little)
     ):
         notes.append(f"said {uid.name}, is {native.name}")
         uid = native
-    elements = _read_elements(file, size, implicit, is_little, notes)
-    dataset = FileDataset(
-        file, elements, None, FileMetaDataset(meta), implicit, is_little
-    )
-    dataset.file_meta.add_new("TransferSyntaxUID", "UI", uid)
-    dataset.notes = notes
+    dataset = _read_elements(file, implicit, little, notes)
+    dataset.file_meta, dataset.notes = FileMetaDataset(meta), notes
+    dataset.file_meta.TransferSyntaxUID = uid or native
     return dataset
 
 
-def _meta_faults(meta: Dataset, begin: int, end: int) -> Iterator[str]:
-    """What is wrong with the file meta group between two offsets (PS3.10 7.1)."""
-    if not meta:
-        yield "had no file meta group"
-        return
-    if not begin:
-        yield "had no preamble"
-    if getattr(next(iter(meta.elements())), "is_implicit_VR", False):
-        yield "its file meta group was in implicit VR"
-    if text(meta, "FileMetaInformationGroupLength") != str(end - begin - 12):
-        yield "its file meta group had a wrong length"
-    if not text(meta, "TransferSyntaxUID"):
-        yield "had no transfer syntax"
-
-
-def _inflate(data: bytes, limit_mb: int, surely: bool) -> bytes:
-    """Inflate a dataset (PS3.5 A.5) of bounded size; b"" where it isn't deflated."""
+def _inflated(data: bytes, limit_mb: int) -> BinaryIO:
+    """A deflated dataset (PS3.5 A.5), inflated within bounds."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         inflated = inflater.decompress(data, limit_mb + 1 << 20)
-        if inflater.eof and len(inflated) <= limit_mb << 20:
-            return inflated
     except zlib.error as error:
-        problem = f"the deflated dataset is damaged: {error}"
-    else:
-        problem = "is truncated: the deflated dataset does not end"
-        if len(inflated) > limit_mb << 20:
-            problem, surely = f"inflates to more than {limit_mb} MB", True
-    if surely:
-        raise RejectedError(problem)
-    return b""
-
-
-class _MendableError(Exception):
-    """What pydicom can't read past: offset, length, bytes in their place, note."""
+        raise RejectedError(f"the deflated dataset is damaged: {error}") from None
+    if len(inflated) > limit_mb << 20:
+        raise RejectedError(f"inflates to more than {limit_mb} MB")
+    if not inflater.eof:
+        raise RejectedError("is truncated: the deflated dataset does not end")
+    return io.BytesIO(inflated)
 
 
 def _read_elements(
-    file: BinaryIO, size: int, implicit: bool, little: bool, notes: list[str]
-) -> Elements:
-    """The elements of a dataset, raw; what follows the image is left out."""
-    start = file.tell()
-    while True:
-        elements: Elements = {}
-        try:
-            end = _walk(elements, file, size, implicit, little)
-            break
-        except _MendableError as fault:
-            at, length, mended, note = fault.args
-            notes.append(note)
-            file.seek(0)
-            data = bytearray(file.read())
-            data[at : at + length] = mended
-            file, size = io.BytesIO(data), len(data)
-            file.seek(start)
-    if size - end > 1:
-        notes.append(f"{size - end} bytes after the dataset left out")
-    for tag in [one for one in elements if one.group in (0, 2, ITEM_GROUP)]:
-        value = elements.pop(tag).value or b""
-        notes.append(f"{tag} of {len(value)} bytes left out: it has no place there")
-    return elements
+    file: BinaryIO, implicit: bool, little: bool, notes: list[str]
+) -> Dataset:
+    """The elements of a dataset, raw; what has no place there is left out.
 
-
-class _Watch:
-    """Looks at each element before its value is read, and says where to stop.
-
-    pydicom reads a value that is longer than the file, and one after a VR that it
-    doesn't know, without a word. What follows the image is left out.
+    What pydicom can't read past is mended in a copy, which is read from the beginning.
     """
-
-    def __init__(self, file: BinaryIO, size: int, implicit: bool) -> None:
-        self.file, self.size, self.implicit, self.last = file, size, implicit, 0
-
-    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
-        at = self.file.tell()
-        if not self.implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
-            _check_vr(self.file, at - 8)
-        too_long = length != UNDEFINED_LENGTH and at + length > self.size
-        if self.last >= PIXEL_DATA and (too_long or tag <= self.last):
-            return True
-        if too_long:
-            there = self.size - at
-            raise RejectedError(
-                f"is truncated: {tag} says {length} bytes, {there} are there"
-            )
-        self.last = self.last if tag.group == ITEM_GROUP else tag
-        return False
+    start = file.tell()
+    while (read := _walk(file, implicit, little))[1]:
+        at, mended, note = read[1]
+        notes.append(note)
+        file.seek(0)
+        data = bytearray(file.read())
+        data[at : at + 4] = mended
+        file = io.BytesIO(data)
+        file.seek(start)
+    dataset = read[0]
+    if (rest := len(file.read())) > 1:
+        notes.append(f"{rest} bytes after the dataset left out")
+    for tag in tuple(dataset.keys()):
+        if tag.group in (0, 2, ITEM_GROUP):
+            size = len(dataset.get_item(tag, keep_deferred=True).value or b"")
+            notes.append(f"{tag} of {size} bytes left out: it has no place there")
+            del dataset[tag]
+    return dataset
 
 
 def _walk(
-    elements: Elements, file: BinaryIO, size: int, implicit: bool, little: bool
-) -> int:
-    """Read the elements, and where they end."""
-    watch, end = _Watch(file, size, implicit), file.tell()
-    try:
-        for element in data_element_generator(file, implicit, little, watch):
-            elements[element.tag], end = element, file.tell()
-    except (EOFError, OSError) as error:  # no delimiter before the end of the file
-        if watch.last == PIXEL_DATA and isinstance(error, EOFError):
-            note = "its compressed pixels had no delimiter at their end"
-            raise _MendableError(size, 0, _END_OF_ITEMS, note) from None
-        if watch.last <= PIXEL_DATA:
-            raise
-    return end
+    file: BinaryIO, implicit: bool, little: bool
+) -> tuple[Dataset, tuple[int, bytes, str] | None]:
+    """Read elements up to the end of the image, or what has to be mended before.
 
-
-def _check_vr(file: BinaryIO, at: int) -> None:
-    """Make UN of a VR that pydicom reads with the wrong kind of length (PS3.5 6.2.2).
-
-    A VR of a later edition has 32 bits of length, a blank one has 16. Where neither
-    stands, the element is in implicit VR, which pydicom sees.
+    pydicom takes a value that is longer than the file, and one after a VR that it
+    doesn't know, without a word: each element is looked at before its value is read.
     """
-    here = file.tell()
-    file.seek(at + 4)
-    vr, length = struct.unpack("<2sH", file.read(4))
-    file.seek(here)
-    note = f"the unknown VR {vr.decode('latin-1')!r} became UN"
-    if vr in BLANK_VRS:
-        raise _MendableError(at + 4, 4, struct.pack("<2sHL", b"UN", 0, length), note)
-    if vr.isalpha() and vr.isupper() and not length:
-        raise _MendableError(at + 4, 2, b"UN", note)
+    start, last, fault = file.tell(), 0, None
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
+
+    def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
+        nonlocal last, fault
+        at = file.tell()
+        if not implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
+            file.seek(at - 4)
+            named, short = struct.unpack("<2sH", file.read(4))
+            is_later = named.isalpha() and named.isupper() and not short
+            if named in BLANK_VRS or is_later:  # of a later edition, with 32 bits
+                mended = b"UN\0\0" + (b"" if is_later else struct.pack("<L", short))
+                note = f"the unknown VR {named.decode()!r} became UN"
+                fault = at - 4, mended, note
+                return True
+        too_long = length != UNDEFINED_LENGTH and at + length > size
+        if last >= PIXEL_DATA and (too_long or tag <= last or tag.group == 0xFFFF):
+            return True  # what follows the image is no element
+        if too_long:
+            there = size - at
+            raise RejectedError(
+                f"is truncated: {tag} says {length} bytes, {there} are there"
+            )
+        last = last if tag.group == ITEM_GROUP else tag
+        return False
+
+    dataset = read_dataset(file, implicit, little, stop_when=stop)
+    if not dataset and last and not fault:  # pydicom found no delimiter
+        if last != PIXEL_DATA:
+            raise RejectedError(f"is truncated: {BaseTag(last)} does not end")
+        note = "its compressed pixels had no delimiter at their end"
+        fault = size, _END_OF_ITEMS, note
+    return dataset, fault
 
 
 def texts(dataset: Dataset, keyword: str) -> list[str]:
     """The values of an element as text; what can't be parsed comes as it stands."""
     try:
-        with _silence():
+        with warnings.catch_warnings(action="ignore"):
             value = dataset.get(keyword)
     except Exception:  # pydicom raises whatever a broken value provokes
         raw: Any = dataset.get_item(keyword)
@@ -822,324 +736,242 @@ def number(value: str) -> float | None:
     return found if math.isfinite(found) else None
 
 
-# Decoding: PS3.5 8.1.1 (stored values), 8.2 and A.4 (codestreams).
-
-
-@dataclass(frozen=True)
-class PixelLayout:
-    """The image pixel attributes that say how samples lie in the pixel data."""
-
-    rows: int
-    columns: int
-    samples: int
-    frames: int
-    bits_allocated: int
-    bits_stored: int
-    signed: bool
-    photometric: str
-    high_bit: int
-    planar: int = 0
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> Self:
-        """Read the attributes; one that is missing or impossible has its usual value.
-
-        Raises
-        ------
-        RejectedError
-            There are no pixels by these attributes, or they can't be meant.
-        """
-
-        def whole(keyword: str) -> int:
-            return int(number(text(dataset, keyword)) or 0)
-
-        allocated, samples = whole("BitsAllocated"), whole("SamplesPerPixel")
-        photometric = text(dataset, "PhotometricInterpretation").upper()
-        fits = samples == 0 or (samples == 3) == (photometric in _COLOUR)
-        if photometric not in _GREY | _COLOUR or not fits:
-            photometric = "RGB" if samples == 3 else "MONOCHROME2"
-        samples = samples or (1 if photometric in _GREY else 3)
-        stored, high = whole("BitsStored"), whole("HighBit")
-        stored = stored if 0 < stored <= allocated else allocated
-        layout = cls(
-            rows=whole("Rows"),
-            columns=whole("Columns"),
-            samples=samples,
-            frames=whole("NumberOfFrames") or 1,
-            bits_allocated=allocated,
-            bits_stored=stored,
-            signed=whole("PixelRepresentation") == 1,
-            photometric=photometric,
-            high_bit=high if stored <= high + 1 <= allocated else stored - 1,
-            planar=int(samples > 1 and whole("PlanarConfiguration") == 1),
-        )
-        if min(layout.rows, layout.columns, layout.frames) < 1:
-            raise RejectedError("holds no image: rows, columns or frames are missing")
-        if samples not in (1, 3) or not 1 <= allocated <= 64:
-            raise RejectedError(
-                f"says {samples} samples of {allocated} bits: no pixel is like that"
-            )
-        return layout
-
-    @property
-    def frame_samples(self) -> int:
-        """Samples of a frame; native 4:2:2 has two a pixel (PS3.3 C.7.6.3.1.2)."""
-        of_pixel = 2 if self.photometric.endswith("_422") else self.samples
-        return self.rows * self.columns * of_pixel
-
-    @property
-    def size(self) -> int:
-        """Bytes of all frames, as they lie in native pixel data."""
-        return (self.frames * self.frame_samples * self.bits_allocated + 7) // 8
-
-    def attributes(self) -> dict[str, int | str]:
-        """Keyword -> value of the attributes that a header must have."""
-        grey: dict[str, int | str] = {
-            "SamplesPerPixel": self.samples,
-            "PhotometricInterpretation": self.photometric,
-            "BitsAllocated": self.bits_allocated,
-            "BitsStored": self.bits_stored,
-            "HighBit": self.high_bit,
-            "PixelRepresentation": int(self.signed),
-        }
-        return grey | ({"PlanarConfiguration": self.planar} if self.samples > 1 else {})
-
-    def differences(self, dataset: Dataset) -> Iterator[str]:
-        """What a header lacks or can't mean, and how it was taken."""
-        for keyword, value in self.attributes().items():
-            if (said := text(dataset, keyword)) != str(value):
-                yield f"{keyword} {said or 'was missing'}: taken as {value}"
-
-    def decoded(self, facts: "StreamFacts") -> Self:
-        """The layout of the decoded pixels, by what their codestream says."""
-        allocated, photometric = self.bits_allocated, self.photometric
-        if facts.precision > allocated or allocated % 8:
-            allocated = 8 << max(0, (facts.precision - 1).bit_length() - 3)
-        photometric = "RGB" if facts.comes_out_rgb else photometric.removesuffix("_422")
-        return replace(
-            self, bits_allocated=allocated, photometric=photometric, planar=0
-        )
-
+# Stored values: PS3.5 8.1.1.
 
 _GREY = frozenset(("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"))
-_COLOUR = frozenset(
-    (
-        *("RGB", "HSV", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422"),
-        *("YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"),
-    )
-)
+_COLOUR = frozenset(("RGB", "HSV", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422"))
+_COLOUR |= {"YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT"}
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """What decoding makes of an image."""
+def pixel_layout(dataset: Dataset) -> Dataset:
+    """The attributes that say how samples lie in the pixel data (PS3.3 C.7.6.3).
 
-    values: NDArray[Any]
-    """Stored values, little endian, (frames, …) in the order of native pixel data."""
-    layout: PixelLayout
-    """How they lie there, as the header must say."""
-    codec: str
-    """Of the codestream; empty where the pixels were native."""
-    overlays: Mapping[int, bytes]
-    """Group -> overlay data that stood in unused bits."""
-    notes: list[str]
-    """What had to be mended or left out."""
-
-
-def decode(
-    dataset: Dataset,
-    limit_mb: int = config.Config.max_image_mb,
-    middle_only: bool = False,
-) -> Pixels:
-    """Stored values of an image, by one rule for every transfer syntax.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        As `read_dicom` returns it, or an item of it such as an icon.
-    limit_mb : int
-        Refuse images that would take more megabytes.
-    middle_only : bool
-        Decode the one frame that stands for a multi-frame image.
+    One that is missing or impossible has its usual value. PlanarConfiguration is there
+    where there are colours; NumberOfFrames always. The `notes` are those of `dataset`.
 
     Raises
     ------
     RejectedError
-        No image, or one that is damaged, too large or contradicts its header.
+        There are no pixels by these attributes, or they can't be meant.
+    """
+
+    def whole(keyword: str) -> int:
+        return int(number(text(dataset, keyword)) or 0)
+
+    rows, columns, frames = whole("Rows"), whole("Columns"), whole("NumberOfFrames")
+    if min(rows, columns) < 1 or frames < 0:
+        raise RejectedError("holds no image: rows, columns or frames are missing")
+    allocated, samples = whole("BitsAllocated"), whole("SamplesPerPixel")
+    photometric = text(dataset, "PhotometricInterpretation").upper()
+    fits = samples == 0 or (samples == 3) == (photometric in _COLOUR)
+    if photometric not in _GREY | _COLOUR or not fits:
+        photometric = "RGB" if samples == 3 else "MONOCHROME2"
+    samples = samples or (1 if photometric in _GREY else 3)
+    if samples not in (1, 3) or not 1 <= allocated <= 64:
+        raise RejectedError(
+            f"says {samples} samples of {allocated} bits: no pixel is like that"
+        )
+    stored, high = whole("BitsStored"), whole("HighBit")
+    stored = stored if 0 < stored <= allocated else allocated
+    layout = Dataset()
+    layout.notes = dataset.notes
+    layout.Rows, layout.Columns, layout.NumberOfFrames = rows, columns, frames or 1
+    layout.SamplesPerPixel, layout.PhotometricInterpretation = samples, photometric
+    layout.BitsAllocated, layout.BitsStored = allocated, stored
+    layout.HighBit = high if stored <= high + 1 <= allocated else stored - 1
+    layout.PixelRepresentation = int(whole("PixelRepresentation") == 1)
+    if samples > 1:
+        layout.PlanarConfiguration = int(whole("PlanarConfiguration") == 1)
+    return layout
+
+
+def corrections(layout: Dataset, dataset: Dataset) -> Iterator[DataElement]:
+    """The attributes of a layout that a dataset lacks, or says otherwise."""
+    for element in layout:
+        said = text(dataset, element.keyword)
+        if said != str(element.value) and element.keyword != "NumberOfFrames":
+            yield element
+
+
+def frame_samples(layout: Dataset) -> int:
+    """Samples of a native frame; 4:2:2 has two a pixel (PS3.3 C.7.6.3.1.2)."""
+    is_422 = layout.PhotometricInterpretation.endswith("_422")
+    of_pixel = 2 if is_422 else layout.SamplesPerPixel
+    return int(layout.Rows * layout.Columns * of_pixel)
+
+
+def native_size(layout: Dataset) -> int:
+    """Bytes of all frames, as they lie in native pixel data."""
+    bits = layout.NumberOfFrames * frame_samples(layout) * layout.BitsAllocated
+    return int(bits + 7) // 8
+
+
+class Pixels(NamedTuple):
+    """What decoding makes of an image."""
+
+    values: NDArray[Any]
+    """Stored values, little endian, (frames, …) in the order of native pixel data."""
+    layout: Dataset
+    """How they lie there, as the header must say: see `pixel_layout`."""
+    codec: str
+    """Of the codestream; empty where the pixels were native."""
+    overlays: Collection[int]
+    """Groups of overlays that stood in unused bits, and are left out."""
+
+
+def decode(dataset: Dataset, limit_mb: int = config.Config.max_image_mb) -> Pixels:
+    """Stored values of an image, by one rule for every transfer syntax.
+
+    `dataset` is as `read_dicom` returns it; its `notes` get what had to be mended.
+
+    Raises
+    ------
+    RejectedError
+        No image, or one that is damaged, contradicts its header or would take more than
+        `limit_mb` megabytes.
     Exception
         Whatever imagecodecs raises on a damaged stream.
     """
     element: Any = dataset.get_item(PIXEL_DATA)
     if element is None or not element.value:
         raise RejectedError("holds no image")
-    layout, value = PixelLayout.of(dataset), element.value
-    notes = list(layout.differences(dataset))
-    uid = UID(text(getattr(dataset, "file_meta", Dataset()), "TransferSyntaxUID"))
-    is_known = uid.is_transfer_syntax or not uid
-    if _NOT_STILL_IMAGES.fullmatch(uid):
-        raise RejectedError(f"{uid.name} is not for this program")
-    if layout.size > min(limit_mb << 20, UNDEFINED_LENGTH - 1):
-        size_mb = layout.size >> 20
-        raise RejectedError(f"would decode to {size_mb} MB: see --max-image-mb")
-    middle = layout.frames // 2
-    wanted = slice(middle, middle + 1) if middle_only else slice(None)
-    precision, codec = 0, ""
-    wrapped = value[:4] == _ITEM and is_known and uid and uid.is_encapsulated
-    if wrapped or getattr(element, "length", 0) == UNDEFINED_LENGTH:
-        streams = _streams(value, layout.frames, notes)
-        facts = stream_facts(streams[0], layout)
-        precision, codec = facts.precision, facts.codec
-        if codec not in _CODECS.get(uid, codec):
-            notes.append(f"said {uid.name}, is {codec}")
-        frames = [decode_stream(one, layout, notes) for one in streams[wanted]]
-        values = frames[0][None] if len(frames) == 1 else np.stack(frames)
-        layout = layout.decoded(facts)
+    layout, notes = pixel_layout(dataset), dataset.notes
+    for right in corrections(layout, dataset):
+        said = text(dataset, right.keyword) or "was missing"
+        notes.append(f"{right.keyword} {said}: taken as {right.value}")
+    if (size := native_size(layout)) > min(limit_mb << 20, UNDEFINED_LENGTH - 1):
+        raise RejectedError(f"would decode to {size >> 20} MB: see --max-image-mb")
+    uid = dataset.file_meta.TransferSyntaxUID
+    is_known, codec = uid.is_transfer_syntax, ""
+    is_compressed = is_known and uid.is_encapsulated
+    if uid in MPEGTransferSyntaxes:
+        raise RejectedError(f"{uid.name} is video, which is not for this program")
+    if getattr(element, "length", 0) == UNDEFINED_LENGTH or (
+        is_compressed and element.value[:4] == _ITEM
+    ):
+        values, codec = _compressed(element.value, layout)
     elif not is_known:  # some have another byte order
         raise RejectedError(f"has an unknown transfer syntax: {uid}")
     else:
-        values = _native(value, element.VR, layout, uid, notes)[wanted]
-        layout = replace(layout, bits_allocated=8 * values.itemsize)
-    planes = _embedded_overlays(dataset, layout)
-    if middle_only and layout.frames > 1 and not _fits(values, layout):
-        # Whether more bits are used than the header says, all frames decide.
-        whole = decode(dataset, limit_mb)
-        return replace(whole, values=whole.values[wanted])
-    overlays = {
-        group: np.packbits(_bits(values) >> bit & 1, bitorder="little").tobytes()
-        for group, bit in planes.items()
-    }
-    values, layout = _stored(values, layout, planes.values(), precision, notes)
-    return Pixels(values, layout, codec, overlays, notes)
+        notes += ["said compressed, is not"] if is_compressed else []
+        values = _native(element, layout)
+    layout.BitsAllocated = 8 * values.itemsize
+    overlays = _embedded_overlays(dataset, layout)
+    notes += ["an overlay in unused bits was left out"] if overlays else []
+    return Pixels(_stored(values, layout, overlays.values()), layout, codec, overlays)
 
 
-def _native(
-    value: bytes, vr: str, layout: PixelLayout, uid: UID, notes: list[str]
-) -> NDArray[Any]:
+def _compressed(value: bytes, layout: Dataset) -> tuple[NDArray[Any], str]:
+    """Samples of all frames, interleaved, and their codec."""
+    frames = [decode_stream(one, layout) for one in _streams(value, layout)]
+    samples, codec = frames[0]
+    photometric = layout.PhotometricInterpretation
+    is_rgb = codec == "JPEG" or photometric in ("YBR_RCT", "YBR_ICT")
+    if layout.SamplesPerPixel > 1:
+        photometric = "RGB" if is_rgb else photometric.removesuffix("_422")
+        layout.PhotometricInterpretation, layout.PlanarConfiguration = photometric, 0
+    if len(frames) == 1:
+        return samples[None], codec
+    return np.stack([samples for samples, _ in frames]), codec
+
+
+def _native(element: Any, layout: Dataset) -> NDArray[Any]:
     """Samples of native pixel data, (frames, samples) in the order of storage."""
-    little = not uid or uid.is_little_endian
-    if uid and uid.is_compressed and not uid.is_deflated:
-        notes.append("said compressed, is not")
-    bits, count = layout.bits_allocated, layout.frames * layout.frame_samples
-    if len(value) < layout.size:
-        raise RejectedError(
-            f"is truncated: {len(value)} of {layout.size} bytes of pixels"
-        )
-    if (excess := len(value) - layout.size) > 1:
-        notes.append(f"{excess} bytes after the last frame left out")
-    if not little and bits < 16 and vr == "OW":  # PS3.5 A.3: words are swapped
+    value, bits, little = element.value, layout.BitsAllocated, element.is_little_endian
+    if (excess := len(value) - native_size(layout)) < 0:
+        needed = native_size(layout)
+        raise RejectedError(f"is truncated: {len(value)} of {needed} bytes of pixels")
+    if excess > 1:
+        layout.notes.append(f"{excess} bytes after the last frame left out")
+    if not little and element.VR == "OW" and bits < 16:  # PS3.5 A.3: words are swapped
         value = np.frombuffer(value, "u2", len(value) // 2).byteswap().tobytes()
-    if not little and bits > 16 and vr == "OW":
-        notes.append(f"bytes were swapped in words of {bits} bits")
+    elif not little and element.VR == "OW" and bits > 16:  # programs differ
+        layout.notes.append(f"bytes were swapped in words of {bits} bits")
+    count = layout.NumberOfFrames * frame_samples(layout)
     if bits in (1, 12):
-        samples = _unpacked(np.frombuffer(value, np.uint8), bits, count)
+        packed = np.frombuffer(value, np.uint8)
+        flat = np.unpackbits(packed, count=count * bits, bitorder="little")
+        places = (1 << np.arange(bits)).astype("<u2")
+        samples = flat if bits == 1 else flat.reshape(count, bits) @ places
     elif bits in (8, 16, 32, 64):
-        kind = f"{'<' if little else '>'}{'i' if layout.signed else 'u'}{bits // 8}"
-        samples = np.frombuffer(value, kind, count)
+        kind = "i" if layout.PixelRepresentation else "u"
+        samples = np.frombuffer(value, f"<{kind}{bits // 8}", count)
+        samples = samples if little else samples.byteswap()
     else:
         raise RejectedError(f"has native pixels of {bits} bits")
-    return samples.astype(samples.dtype.newbyteorder("<"), copy=False).reshape(
-        layout.frames, -1
-    )
-
-
-def _unpacked(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[Any]:
-    if bits == 1:
-        return np.unpackbits(packed, count=count, bitorder="little")
-    nibbles = packed[:, None] >> (0, 4) & 15
-    three = nibbles.ravel()[: 3 * count].reshape(-1, 3).astype("<u2")
-    return np.asarray(three[:, 0] | three[:, 1] << 4 | three[:, 2] << 8)
+    return samples.reshape(layout.NumberOfFrames, -1)
 
 
 def _bits(samples: NDArray[Any]) -> NDArray[Any]:
     return samples.view(f"u{samples.itemsize}")
 
 
-def _fits(samples: NDArray[Any], layout: PixelLayout) -> bool:
-    """Whether nothing stands outside the stored bits: then nothing is to be done."""
-    low, size = layout.high_bit + 1 - layout.bits_stored, 1 << layout.bits_stored
-    if layout.bits_stored == 8 * samples.itemsize:
-        return True
-    if samples.dtype.kind == "u":
-        return low == 0 and bool(samples.max() < size)
-    return low == 0 and bool(-size // 2 <= samples.min() and samples.max() < size // 2)
-
-
 def _stored(
-    samples: NDArray[Any],
-    layout: PixelLayout,
-    named: Iterable[int],
-    precision: int,
-    notes: list[str],
-) -> tuple[NDArray[Any], PixelLayout]:
+    samples: NDArray[Any], layout: Dataset, named: Iterable[int]
+) -> NDArray[Any]:
     """The stored values of decoded samples: what is outside BitsStored is no pixel.
 
     Bits outside that vary from sample to sample and are not `named` as an overlay tell
     that the header is wrong, not the image: then BitsStored grows. Those that only
     repeat the sign are its extension, and those that never change mean nothing.
     """
-    if not _fits(samples, layout):
-        bits, top = _bits(samples), layout.high_bit + 1
-        low, width = top - layout.bits_stored, 8 * samples.itemsize
-        if mask := sum(1 << bit for bit in named):
-            bits = bits & ~bits.dtype.type(mask)
+    top, stored, width = layout.HighBit + 1, layout.BitsStored, 8 * samples.itemsize
+    low, signed = top - stored, layout.PixelRepresentation
+    most = 1 << top - 1 if signed else 1 << top
+    fits = top == width or samples.max() < most
+    if low or not fits or (signed and samples.min() < -most):
+        mask = sum(1 << bit for bit in named)
+        bits = _bits(samples) & ~_bits(samples).dtype.type(mask)
         flat = bits.ravel()
         varying = int(np.bitwise_or.reduce(flat)) & ~int(np.bitwise_and.reduce(flat))
         used = varying.bit_length()
-        if layout.signed:
+        if signed:
             changes = int(np.bitwise_or.reduce(flat ^ flat >> 1))
             while used > top and not changes >> used - 2 & 1:
                 used -= 1
         low, top = 0 if varying & (1 << low) - 1 else low, max(used, top)
         samples = (bits << width - top).view(samples.dtype) >> width - top + low
-        if top - low != (stored := layout.bits_stored):
-            layout = replace(layout, bits_stored=max(top, precision) - low)
-            notes.append(f"bits stored {stored} -> {layout.bits_stored}: more are used")
-    return samples, replace(layout, high_bit=layout.bits_stored - 1)
+        if top - low != stored:
+            layout.BitsStored = top - low
+            layout.notes.append(f"bits stored {stored} -> {top - low}: more are used")
+    layout.HighBit = layout.BitsStored - 1
+    return samples
 
 
-def _embedded_overlays(dataset: Dataset, layout: PixelLayout) -> dict[int, int]:
+def _embedded_overlays(dataset: Dataset, layout: Dataset) -> dict[int, int]:
     """Group -> bit of the overlays that stand in unused bits (PS3.3 C.9.2, retired)."""
-    found = {}
+    found, low = {}, layout.HighBit + 1 - layout.BitsStored
     for group in range(0x6000, 0x6020, 2):
-        position = dataset.get((group, 0x0102))
-        if position is not None and (group, 0x3000) not in dataset:
-            bit = int(number(str(position.value)) or 0)
-            unused = (
-                bit > layout.high_bit or bit <= layout.high_bit - layout.bits_stored
-            )
-            if unused and 0 <= bit < layout.bits_allocated:
+        if (group, 0x0102) in dataset and (group, 0x3000) not in dataset:
+            bit = int(number(str(dataset[group, 0x0102].value)) or 0)
+            used = low <= bit <= layout.HighBit
+            if not used and 0 <= bit < layout.BitsAllocated:
                 found[group] = bit
     return found
 
 
 def decode_frame(dataset: Dataset) -> NDArray[Any]:
-    """The frame that stands for the image: the middle one of a multi-frame.
+    """The frame that stands for the image, as `frame_of` gives it."""
+    return frame_of(decode(dataset))
 
-    Returns
-    -------
-    ndarray, (rows, columns) or (rows, columns, 3)
-        Stored values; of YBR_FULL, RGB. The same for a file and phase 1's copy of it.
 
-    Raises
-    ------
-    RejectedError, Exception
-        As `decode`.
+def frame_of(pixels: Pixels) -> NDArray[Any]:
+    """The frame that stands for an image: the middle one of a multi-frame.
+
+    (rows, columns) or (rows, columns, 3); stored values; of YBR_FULL, RGB. The same for
+    a file and phase 1's copy of it.
     """
-    return frame_of(decode(dataset, middle_only=True), 0)
-
-
-def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
-    """One frame as `decode_frame` gives it."""
     layout = pixels.layout
-    flat: NDArray[Any] = pixels.values[index].ravel()
-    if layout.photometric.endswith("_422"):
-        data = expand_ybr422(flat.tobytes(), layout.bits_allocated)
+    flat: NDArray[Any] = pixels.values[len(pixels.values) // 2].ravel()
+    photometric, samples = layout.PhotometricInterpretation, layout.SamplesPerPixel
+    if photometric.endswith("_422"):
+        data = expand_ybr422(flat.tobytes(), layout.BitsAllocated)
         flat = np.frombuffer(data, flat.dtype)
-    if layout.planar:
-        flat = flat.reshape(layout.samples, -1).T
-    shape = (layout.rows, layout.columns, layout.samples)
-    frame = flat.reshape(shape if layout.samples > 1 else shape[:2])
-    if layout.photometric.startswith(("YBR_FULL", "YBR_PARTIAL")):
+    if layout.get("PlanarConfiguration"):
+        flat = flat.reshape(samples, -1).T
+    shape = (layout.Rows, layout.Columns, samples)
+    frame = flat.reshape(shape if samples > 1 else shape[:2])
+    if photometric.startswith(("YBR_FULL", "YBR_PARTIAL")):
         return convert_color_space(frame, "YBR_FULL", "RGB")
     return frame
 
@@ -1149,55 +981,34 @@ def frame_of(pixels: Pixels, index: int) -> NDArray[Any]:
 # stream overshoots 16 bits, OpenJPH turns white into black (imagecodecs 2026.3.6);
 # OpenJPEG, which reads HTJ2K too, clips.
 
-_CODECS = {
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG" for number in range(50, 57)},
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG Lossless" for number in (57, 58, 70)},
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG-LS" for number in (80, 81)},
-    **{f"1.2.840.10008.1.2.4.{number}": "JPEG 2000" for number in (90, 91)},
-    **{f"1.2.840.10008.1.2.4.{number}": "HTJ2K" for number in (201, 202, 203)},
-    "1.2.840.10008.1.2.5": "RLE",
-}
-"""The codec that each transfer syntax promises; the codestream has the last word."""
 
-_NOT_STILL_IMAGES = re.compile(
-    r"1\.2\.840\.10008\.1\.2\.(4\.(9[2-9]|1\d\d|20[4-9])|6\.\d+|[78]\..*)"
-)
-"""Video, JPIP, JPEG XL, JPEG 2000 part 2, XML and so on (PS3.6 table A-1)."""
+Stream = Any
+"""A codestream: a view of bytes, or bytes where it comes in several fragments."""
+
+Decoded = tuple[NDArray[Any], str, int]
+"""Samples, codec, and the bits that the stream says its samples have."""
 
 
-@dataclass(frozen=True)
-class StreamFacts:
-    """What a codestream's own header says."""
-
-    codec: str
-    rows: int
-    columns: int
-    samples: int
-    precision: int
-    comes_out_rgb: bool = False
-    """The decoded pixels are RGB, whatever the header says."""
-    is_ycbcr: bool = False
-    """The decoder must be told to convert to RGB."""
-
-
-def _streams(value: bytes, count: int, notes: list[str]) -> list[Any]:
+def _streams(value: bytes, layout: Dataset) -> list[Stream]:
     """The codestream of each frame (PS3.5 A.4).
 
     A frame begins with a fragment that opens like the first. The offset table, which
-    may be missing or wrong, is not needed.
+    may be missing or wrong, is not needed: pydicom's `generate_frames` believes in it.
     """
-    fragments, at, view = [], 0, memoryview(value)
-    while value[at : at + 4] == _ITEM:
-        end = at + 8 + int.from_bytes(value[at + 4 : at + 8], "little")
-        if end > len(value):
-            raise RejectedError("is truncated: a fragment reaches beyond the pixels")
-        fragments.append(view[at + 8 : end])
-        at = end
-    fragments = fragments[1:]  # the first is the offset table
-    if not fragments or not len(fragments[0]):
+    count, view, (_, starts) = (
+        layout.NumberOfFrames,
+        memoryview(value),
+        parse_fragments(value),
+    )
+    ends = [*starts[1:], len(value)]
+    fragments = [view[at + 8 : end] for at, end in zip(starts, ends, strict=True)]
+    if len(fragments) < 2 or not fragments[1]:  # the first is the offset table
         raise RejectedError("the compressed pixel data is empty")
-    opening = bytes(fragments[0][: 3 if fragments[0][0] == 0xFF else 8])
-    frames: list[list[Any]] = []
+    del fragments[0]
+    if value[ends[-2] + 4 : ends[-2] + 8] != struct.pack("<L", len(fragments[-1])):
+        raise RejectedError("is truncated: a fragment reaches beyond the pixels")
+    opening = fragments[0][: 3 if fragments[0][0] == 0xFF else 8]
+    frames: list[list[memoryview]] = []
     for one in fragments:
         if one[: len(opening)] == opening or len(fragments) == count:
             frames.append([])
@@ -1205,88 +1016,125 @@ def _streams(value: bytes, count: int, notes: list[str]) -> list[Any]:
     if len(frames) < count:
         raise RejectedError(f"has {len(frames)} codestreams for {count} frames")
     if spare := sum(len(one) for parts in frames[count:] for one in parts):
-        notes.append(f"{spare} bytes of more frames than it says left out")
-    return [
-        parts[0] if len(parts) == 1 else b"".join(parts) for parts in frames[:count]
-    ]
+        layout.notes.append(f"{spare} bytes of more frames than it says left out")
+    return [one[0] if len(one) == 1 else b"".join(one) for one in frames[:count]]
 
 
-def decode_stream(
-    stream: Any, layout: PixelLayout, notes: list[str] | None = None
-) -> NDArray[Any]:
-    """Decode one compressed frame.
+def decode_stream(stream: Stream, layout: Dataset) -> tuple[NDArray[Any], str]:
+    """Decode one compressed frame; (rows, columns) or (rows, columns, 3), and codec.
 
-    Parameters
-    ----------
-    stream : bytes-like
-        The codestream; its markers, not the transfer syntax, say which codec it needs.
-    layout : PixelLayout
-        What the header says.
-
-    Returns
-    -------
-    ndarray, (rows, columns) or (rows, columns, samples)
-        Little endian, laid out as `PixelLayout.decoded` says; masked or sign-extended
-        from the stream's own precision.
+    The codestream's markers, not the transfer syntax, say which codec it needs. Samples
+    are little endian, and masked or sign-extended from the stream's own precision.
     """
-    facts = stream_facts(stream, layout)
-    shape = (layout.rows, layout.columns, layout.samples)
-    if (facts.rows, facts.columns, facts.samples) != shape:
-        raise RejectedError(
-            f"the {facts.codec} stream is {facts.columns}×{facts.rows}×{facts.samples},"
-            f" the header says {layout.columns}×{layout.rows}×{layout.samples}"
-        )
-    if facts.codec == "RLE":
-        pixels = _decode_rle(stream, layout, notes if notes is not None else [])
-    elif facts.codec == "JPEG-LS":
-        pixels = np.asarray(imagecodecs.jpegls_decode(stream))
-    elif facts.codec in ("JPEG 2000", "HTJ2K"):
-        pixels = np.asarray(imagecodecs.jpeg2k_decode(stream))
+    start = bytes(stream[:12])
+    is_rle = 1 <= start[0] <= 15 and not any(start[1:4])
+    if start.startswith(b"\xff\xd8"):
+        decode = _decode_jpeg
+    elif start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
+        decode = _decode_j2k
+    elif is_rle and not layout.BitsAllocated % 8:
+        decode = _decode_rle
     else:
-        pixels = _decode_jpeg(stream, facts)
-    if pixels.ndim == 3 and pixels.shape[-1] != layout.samples:
-        pixels = np.moveaxis(pixels, 0, -1)
-    pixels = _bits(
-        np.ascontiguousarray(pixels.reshape(shape if layout.samples > 1 else shape[:2]))
+        raise RejectedError(f"no codestream of a known kind: starts {start.hex(' ')}")
+    end = b"\xff\xd9"  # some writers pad their streams
+    if not (is_rle or end in bytes(stream[-256:]) or end in bytes(stream)):
+        raise RejectedError("is truncated: the codestream has no end marker")
+    samples, codec, precision = decode(stream, layout)
+    colours, allocated = layout.SamplesPerPixel, layout.BitsAllocated
+    if samples.ndim == 3 and samples.shape[-1] != colours:
+        samples = np.moveaxis(samples, 0, -1)
+    shape = (layout.Rows, layout.Columns, colours)[: 3 if colours > 1 else 2]
+    bits = _bits(np.ascontiguousarray(samples.reshape(shape)))
+    kind = "i" if layout.PixelRepresentation else "u"
+    samples = bits.view(f"{kind}{bits.itemsize}")
+    if (spare := 8 * bits.itemsize - precision) > 0:
+        samples = (bits << spare).view(samples.dtype) >> spare
+    if precision > allocated or allocated % 8:
+        allocated = 8 << max(0, (precision - 1).bit_length() - 3)
+    return samples.astype(f"<{kind}{allocated // 8}", copy=False), codec
+
+
+def _check_shape(codec: str, layout: Dataset, *shape: int) -> None:
+    """Before a decoder takes memory for what a stream says of its size."""
+    said = layout.Rows, layout.Columns, layout.SamplesPerPixel
+    if shape != said:
+        raise RejectedError(
+            f"the {codec} stream is {shape[1]}×{shape[0]}×{shape[2]},"
+            f" the header says {said[1]}×{said[0]}×{said[2]}"
+        )
+
+
+_FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
+
+
+def _decode_jpeg(stream: Stream, layout: Dataset) -> Decoded:
+    """By the frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2); colours as RGB."""
+    at, jfif, marker = 2, False, 0
+    while at + 10 <= len(stream):
+        marker, length = struct.unpack_from(">HH", stream, at)
+        if marker in _FRAME_MARKERS or marker == 0xFFDA or marker < 0xFFC0:
+            break
+        jfif |= marker == 0xFFE0 and stream[at + 4 : at + 8] == b"JFIF"
+        at += 1 if marker == 0xFFFF else 2 + length
+    if marker not in _FRAME_MARKERS or at + 10 > len(stream):
+        raise RejectedError("the JPEG stream has no frame header")
+    precision, rows, columns, colours = struct.unpack_from(">BHHB", stream, at + 4)
+    codec = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}.get(marker, "JPEG")
+    _check_shape(codec, layout, rows, columns, colours)
+    if codec == "JPEG-LS":
+        return imagecodecs.jpegls_decode(stream), codec, precision
+    # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
+    if 8 * len(stream) < rows * columns // (64 if codec == "JPEG" else 1):
+        raise RejectedError("is truncated: so short a codestream has no such image")
+    is_ycbcr = codec == "JPEG" and (
+        ("YBR" in layout.PhotometricInterpretation or jfif)
+        and stream[at + 10 : at + 19 : 3] not in (b"RGB", b"rgb")
     )
-    spare, kind = 8 * pixels.itemsize - facts.precision, "i" if layout.signed else "u"
-    if spare > 0:
-        pixels = (pixels << spare).view(f"{kind}{pixels.itemsize}") >> spare
-    size = layout.decoded(facts).bits_allocated // 8
-    return pixels.view(f"{kind}{pixels.itemsize}").astype(f"<{kind}{size}", copy=False)
+    options: dict[str, Any] = {}
+    if colours == 3:
+        options = {"colorspace": "YCBCR" if is_ycbcr else "RGB", "outcolorspace": "RGB"}
+    samples: NDArray[Any] = imagecodecs.jpeg8_decode(stream, **options)
+    _check_end(stream, samples, options)
+    return samples, codec, precision
 
 
-def _decode_jpeg(stream: Any, facts: StreamFacts) -> NDArray[Any]:
-    """Decode, and refuse a stream whose data end before its image.
+def _check_end(stream: Stream, samples: NDArray[Any], options: dict[str, Any]) -> None:
+    """Refuse a JPEG stream whose data end before its image.
 
     libjpeg fills up such an image without a word. Where the last samples look like
     that, the stream is decoded again with more data before its end marker, and before
     the fill bytes there (ISO 10918-1 B.1.1.2): a whole one never reads them.
     """
-    space: dict[str, Any] = {
-        "colorspace": "YCBCR" if facts.is_ycbcr else "RGB",
-        "outcolorspace": "RGB",
-    }
-    options = space if facts.samples == 3 else {}
-    pixels = np.asarray(imagecodecs.jpeg8_decode(stream, **options))
-    corner = (pixels if pixels.ndim == 2 else pixels[..., 0])[-2:, -5:].astype(np.int64)
+    corner = np.atleast_3d(samples)[-2:, -5:, 0].astype(np.int64)
     steps = np.diff(corner[-1]), corner[-1] - corner[0]
     if any(np.all(step == step[:1]) for step in steps):
         data = bytes(stream)
         end = len(data[: data.rindex(b"\xff\xd9")].rstrip(b"\xff"))
         longer = data[:end] + b"\x55" * 64 + data[end:]
-        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(longer, **options)):
+        if not np.array_equal(samples, imagecodecs.jpeg8_decode(longer, **options)):
             raise RejectedError("is truncated: the codestream ends before the image")
-    return pixels
 
 
-def _decode_rle(stream: Any, layout: PixelLayout, notes: list[str]) -> NDArray[Any]:
+def _decode_j2k(stream: Stream, layout: Dataset) -> Decoded:
+    """By the SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
+    at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
+    if at < 0 or at + 44 > len(stream):
+        raise RejectedError("the JPEG 2000 stream has no SIZ segment")
+    able, right, bottom, left, top = struct.unpack_from(">HLLLL", stream, at + 6)
+    colours, depth = struct.unpack_from(">HB", stream, at + 40)
+    codec = "HTJ2K" if able & 0x4000 else "JPEG 2000"
+    _check_shape(codec, layout, bottom - top, right - left, colours)
+    return imagecodecs.jpeg2k_decode(stream), codec, (depth & 0x7F) + 1
+
+
+def _decode_rle(stream: Stream, layout: Dataset) -> Decoded:
     """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
-    size, plane = layout.bits_allocated // 8, layout.rows * layout.columns
+    size, plane = layout.BitsAllocated // 8, layout.Rows * layout.Columns
+    needed = size * layout.SamplesPerPixel
     count, *starts = struct.unpack_from("<16L", stream)
-    if count != size * layout.samples:
-        raise RejectedError(f"has {count} RLE segments, not {size * layout.samples}")
-    decoded, excess = np.empty((plane, layout.samples, size), np.uint8), 0
+    if count != needed:
+        raise RejectedError(f"has {count} RLE segments, not {needed}")
+    decoded, excess = np.empty((plane, needed // size, size), np.uint8), 0
     for index, end in enumerate([*starts[1:count], len(stream)]):
         segment = imagecodecs.packbits_decode(stream[starts[index] : end])
         if len(segment) < plane:
@@ -1295,64 +1143,9 @@ def _decode_rle(stream: Any, layout: PixelLayout, notes: list[str]) -> NDArray[A
         decoded[:, sample, -1 - byte] = np.frombuffer(segment, np.uint8, plane)
         excess += len(segment) - plane
     if excess:
-        notes.append(f"{excess} bytes after its RLE segments left out")
-    return decoded.view(f"<u{size}").reshape(layout.rows, layout.columns, -1)
-
-
-def stream_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
-    """Read a codestream's header; RLE (PS3.5 annex G) has none of these facts.
-
-    JPEG, JPEG-LS and JPEG 2000 streams end with FFD9; some writers pad them.
-    """
-    start = bytes(stream[:12])
-    is_jpeg = start.startswith(b"\xff\xd8")
-    if is_jpeg or start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")):
-        if not any(b"\xff\xd9" in bytes(p) for p in (stream[-256:], stream[256:])):
-            raise RejectedError("is truncated: the codestream has no end marker")
-        return (_jpeg_facts if is_jpeg else _j2k_facts)(stream, layout)
-    if not 1 <= start[0] <= 15 or start[1:4] != b"\0\0\0" or layout.bits_allocated % 8:
-        raise RejectedError(f"no codestream of a known kind: starts with {start.hex()}")
-    shape = layout.rows, layout.columns, layout.samples
-    return StreamFacts("RLE", *shape, layout.bits_allocated)
-
-
-def _jpeg_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
-    """The frame header (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2)."""
-    at, jfif, marker = 2, False, 0
-    while at + 10 <= len(stream):
-        marker, length = struct.unpack_from(">HH", stream, at)
-        if marker in _FRAME_MARKERS or marker == 0xFFDA or marker < 0xFFC0:
-            break
-        jfif |= marker == 0xFFE0 and bytes(stream[at + 4 : at + 8]) == b"JFIF"
-        at += 1 if marker == 0xFFFF else 2 + length
-    if marker not in _FRAME_MARKERS or at + 10 > len(stream):
-        raise RejectedError("the JPEG stream has no frame header")
-    precision, rows, columns, samples = struct.unpack_from(">BHHB", stream, at + 4)
-    ids = bytes(stream[at + 10 : at + 10 + 3 * samples : 3])
-    codec = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}.get(marker, "JPEG")
-    rgb = codec == "JPEG" and samples == 3 and ("YBR" in layout.photometric or jfif)
-    # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
-    share = 64 if codec == "JPEG" else 1
-    if codec != "JPEG-LS" and 8 * len(stream) < rows * columns // share:
-        raise RejectedError("is truncated: so short a codestream has no such image")
-    is_ycbcr = rgb and ids not in (b"RGB", b"rgb")
-    return StreamFacts(codec, rows, columns, samples, precision, rgb, is_ycbcr)
-
-
-_FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
-
-
-def _j2k_facts(stream: Any, layout: PixelLayout) -> StreamFacts:
-    """The SIZ segment (ISO 15444-1 A.5.1); bit 14 of Rsiz says HTJ2K (15444-15)."""
-    at = bytes(stream[:4096]).find(b"\xff\x4f\xff\x51")
-    if at < 0 or at + 44 > len(stream):
-        raise RejectedError("the JPEG 2000 stream has no SIZ segment")
-    able, right, bottom, left, top = struct.unpack_from(">HLLLL", stream, at + 6)
-    samples, depth = struct.unpack_from(">HB", stream, at + 40)
-    codec, precision = "HTJ2K" if able & 0x4000 else "JPEG 2000", (depth & 0x7F) + 1
-    rgb = layout.photometric in ("YBR_RCT", "YBR_ICT")
-    shape = bottom - top, right - left, samples
-    return StreamFacts(codec, *shape, precision, rgb)
+        layout.notes.append(f"{excess} bytes after its RLE segments left out")
+    samples = decoded.view(f"<u{size}").reshape(layout.Rows, layout.Columns, -1)
+    return samples, "RLE", 8 * size
 
 
 # --- The picture --------------------------------------------------------------------
@@ -1598,7 +1391,8 @@ def _display_values(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float3
     white). A VOI window is left out: the window below is taken from the image, because
     headers carry clinical windows that hide a test object.
     """
-    with suppress(Exception), _silence():  # a table that can't be read is none
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):
+        # a table that can't be read is none
         if text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, dataset)
         elif pixels.ndim == 2 and dataset.get("ModalityLUTSequence"):
@@ -3806,7 +3600,7 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
 
     In the grey window of `prepare_image`, found on these pixels: nearly its picture.
     """
-    frame = frame_of(pixels, len(pixels.values) // 2)
+    frame = frame_of(pixels)
     step = max(1, max(frame.shape[:2]) // 320)
     frame = frame[::step, ::step]
     values, padding = _display_values(frame, dataset), _padding(frame, dataset)

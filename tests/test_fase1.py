@@ -325,29 +325,19 @@ def with_icon(icon_stream: bytes) -> Dataset:
     return dataset
 
 
-def test_a_compressed_icon_is_decompressed_as_well(tmp_path: Path) -> None:
-    icon = exposure(8, 8, 8)
-    stream = samples.encode_frame(icon, uid.JPEGLSLossless, 8)
-    with_icon(stream).save_as(tmp_path / "x", enforce_file_format=True)
-    convert(tmp_path / "x", tmp_path)
-    found = read(tmp_path / "out.dcm").IconImageSequence[0].PixelData
-    assert found == icon.tobytes()
+def test_a_compressed_icon_is_left_out_with_a_note(tmp_path: Path) -> None:
+    stream = samples.encode_frame(exposure(8, 8, 8), uid.JPEGLSLossless, 8)
+    outcome = convert(saved(with_icon(stream), tmp_path), tmp_path)
+    assert outcome.record["notes"] == "a compressed icon was left out"
+    icon = read(tmp_path / "out.dcm").IconImageSequence[0]
+    assert (icon.Rows, "PixelData" in icon) == (8, False)
 
 
-def test_an_icon_that_cant_be_decoded_is_left_out_with_a_note(tmp_path: Path) -> None:
-    with_icon(b"\xff\xd8 not a stream \xff\xd9").save_as(
-        tmp_path / "x", enforce_file_format=True
-    )
-    outcome = convert(tmp_path / "x", tmp_path)
-    assert "icon" in outcome.record["notes"]
-    assert "PixelData" not in read(tmp_path / "out.dcm").IconImageSequence[0]
-
-
-def test_bits_stored_follows_the_codestream_where_they_are_used(tmp_path: Path) -> None:
+def test_bits_stored_grows_where_more_are_used(tmp_path: Path) -> None:
     pixels = exposure(bits=14)
     source = write(tmp_path / "x", pixels, uid.JPEG2000Lossless, 14, BitsStored=12)
     convert(source, tmp_path)
-    assert read(tmp_path / "out.dcm").BitsStored == 16
+    assert read(tmp_path / "out.dcm").BitsStored == 14
     assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
@@ -586,51 +576,37 @@ def test_a_deflated_file_that_looks_like_another_is_inflated(tmp_path: Path) -> 
     assert np.array_equal(pixels_of(tmp_path / "out.dcm"), pixels)
 
 
+def test_another_uid_in_the_file_meta_group_is_put_right_and_noted(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path / "x", exposure())
+    data = bytearray(source.read_bytes())
+    data[data.index(b"UI", data.index(b"\2\0\3\0")) + 4] = ord("9")
+    source.write_bytes(data)
+    outcome = convert(source, tmp_path)
+    assert outcome.record["notes"] == "its file meta group had another SOPInstanceUID"
+    output = pydicom.dcmread(tmp_path / "out.dcm")
+    assert np.array_equal(output.pixel_array, exposure())
+    assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
+
+
 def without_preamble(data: bytes) -> bytes:
     return data[132:]
-
-
-def with_another_uid(data: bytes) -> bytes:
-    at = data.index(b"UI", data.index(b"\2\0\3\0"))
-    return data[: at + 4] + b"9" + data[at + 5 :]
 
 
 def with_another_length(data: bytes) -> bytes:
     return data[:140] + struct.pack("<L", 7) + data[144:]
 
 
-def called_deflated(data: bytes) -> bytes:
-    plain, deflated = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"
-    at = data.index(plain)
-    head = data[: at - 2] + struct.pack("<H", len(deflated)) + deflated
-    (length,) = struct.unpack_from("<L", data, 140)
-    return (
-        head[:140]
-        + struct.pack("<L", length + 2)
-        + head[144:]
-        + data[at + len(plain) :]
-    )
-
-
-@pytest.mark.parametrize(
-    ("damage", "note"),
-    [
-        (without_preamble, "had no preamble"),
-        (with_another_uid, "its file meta group had another SOPInstanceUID"),
-        (with_another_length, "its file meta group had a wrong length"),
-        (called_deflated, "said Deflated Explicit VR Little Endian, is Explicit VR"),
-    ],
-)
-def test_every_repair_of_the_file_meta_group_is_noted(
-    tmp_path: Path, damage: Callable[[bytes], bytes], note: str
+@pytest.mark.parametrize("damage", [without_preamble, with_another_length])
+def test_a_file_meta_group_of_an_odd_form_is_read(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     source = write(tmp_path / "x", exposure())
     source.write_bytes(damage(source.read_bytes()))
-    outcome = convert(source, tmp_path)
-    assert note in outcome.record["notes"]
+    assert convert(source, tmp_path).record["notes"] == ""
     output = pydicom.dcmread(tmp_path / "out.dcm")
     assert np.array_equal(output.pixel_array, exposure())
-    assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
 
 
 def test_a_whole_file_has_no_notes(tmp_path: Path) -> None:
@@ -644,7 +620,12 @@ def test_what_had_to_be_mended_is_read_back(
 ) -> None:
     source = write(tmp_path / "x", exposure(), BitsStored=0)
     assert not convert(source, tmp_path).reason
-    monkeypatch.setattr(fase1, "file_meta", lambda *_: b"")
+
+    def write_wrongly(file: Any, header: Dataset) -> None:
+        header.Rows = 1
+        pydicom.dcmwrite(file, header)
+
+    monkeypatch.setattr(fase1, "dcmwrite", write_wrongly)
     assert "what is written of it can't be read" in convert(source, tmp_path).reason
 
 
@@ -1073,10 +1054,10 @@ def test_each_bad_file_is_listed_with_its_reason_and_the_rest_goes_on(
     assert len(outputs(base)) == 1
     assert len(reasons) == 8
     assert "is empty" in reasons["empty"]
-    assert "PDF" in reasons["report.pdf"]
-    assert "JPEG picture" in reasons["picture.jpg"]
-    assert "Structured" in reasons["test-SR.dcm"] or "SR" in reasons["test-SR.dcm"]
-    assert "DICOMDIR" in reasons["DICOMDIR"]
+    for name in ("report.pdf", "text.txt", "picture.jpg"):
+        assert reasons[name] == "is not a DICOM file"
+    assert "SR" in reasons["test-SR.dcm"]
+    assert "Media Storage Directory" in reasons["DICOMDIR"]
     assert "truncated" in reasons["cut.dcm"]
 
 
@@ -1930,7 +1911,7 @@ def test_a_deflate_bomb_is_listed(base: Path) -> None:
     data = path.read_bytes()
     (length,) = struct.unpack_from("<L", data, 140)
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    bomb = deflater.compress(b"\0" * (100 << 20)) + deflater.flush()
+    bomb = deflater.compress(b"\0" * (70 << 20)) + deflater.flush()
     path.write_bytes(data[: 144 + length] + bomb)
     assert run(base, "--max-image-mb", "1") == 1
     assert "inflates" in rejected(base)["x"]

@@ -31,7 +31,7 @@ from pydicom.encaps import encapsulate
 
 import fase1_descompresion as fase1
 import utils
-from utils import PixelLayout, RejectedError, decode_frame, find_files, read_dicom
+from utils import RejectedError, decode_frame, find_files, read_dicom
 
 CODECS = [name for name in SYNTAXES if SYNTAXES[name].is_encapsulated]
 
@@ -165,12 +165,11 @@ def test_a_jpeg_whose_data_end_before_its_image_is_refused(
     pixels = exposure(64, 80, bits)
     pixels = np.stack([pixels] * 3, axis=-1) if colour else pixels
     stream = encode_frame(pixels, JPEG[name], bits)
-    layout = layout_of(pixels, bits)
-    assert utils.decode_stream(stream, layout).shape == pixels.shape
+    assert decoded(stream, pixels, bits).shape == pixels.shape
     begin = stream.index(b"\xff\xda")
     cut = stream[: begin + int(share * (len(stream) - begin))] + b"\xff\xd9"
     with pytest.raises(RejectedError, match="ends before the image"):
-        utils.decode_stream(cut, layout)
+        decoded(cut, pixels, bits)
 
 
 @given(
@@ -191,8 +190,7 @@ def test_no_flat_jpeg_is_taken_for_a_cut_one(
         0, noise, pixels[: rows // 2].shape, endpoint=True
     ).astype(pixels.dtype)
     stream = encode_frame(pixels, JPEG[name], bits)
-    layout = layout_of(pixels, bits)
-    assert utils.decode_stream(stream, layout).shape == pixels.shape
+    assert decoded(stream, pixels, bits).shape == pixels.shape
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -250,6 +248,15 @@ def test_fragments_of_one_frame_are_joined(tmp_path: Path) -> None:
     assert np.array_equal(decode_frame(read_dicom(tmp_path / "x")), pixels)
 
 
+def test_a_fragment_that_says_more_than_is_there_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", exposure(), uid.RLELossless)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"\xfe\xff\x00\xe0") + 4] += 2
+    path.write_bytes(data)
+    with pytest.raises(RejectedError, match="a fragment reaches beyond the pixels"):
+        decode_frame(read_dicom(path))
+
+
 @pytest.mark.parametrize("has_bot", [True, False])
 def test_fragments_are_shared_out_to_their_frames(
     tmp_path: Path, has_bot: bool
@@ -262,8 +269,13 @@ def test_fragments_are_shared_out_to_their_frames(
     assert np.array_equal(decode_frame(read_dicom(tmp_path / "x")), frames[1])
 
 
-def layout_of(pixels: Pixels, bits: int = 12) -> PixelLayout:
-    return PixelLayout.of(make(pixels, bits=bits))
+def decoded(
+    stream: bytes, like: Pixels, bits: int = 12, notes: list[str] | None = None
+) -> Pixels:
+    """A codestream, decoded under the header that an image like `like` would have."""
+    dataset = make(like, bits=bits)
+    dataset.notes = [] if notes is None else notes
+    return utils.decode_stream(stream, utils.pixel_layout(dataset))[0]
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -272,20 +284,20 @@ def test_a_truncated_stream_is_refused(name: str, share: float) -> None:
     pixels = exposure(64, 64)
     stream = encode_frame(pixels, SYNTAXES[name], 12)
     with pytest.raises((RejectedError, ValueError, RuntimeError)):
-        utils.decode_stream(stream[: int(len(stream) * share)], layout_of(pixels))
+        decoded(stream[: int(len(stream) * share)], pixels)
 
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "RLE"])
 def test_a_stream_of_another_size_is_refused_before_it_is_decoded(name: str) -> None:
     stream = encode_frame(exposure(64, 64), SYNTAXES[name], 12)
     with pytest.raises(RejectedError, match="64×64×1, the header says 48×32×1"):
-        utils.decode_stream(stream, layout_of(exposure()))
+        decoded(stream, exposure())
 
 
 def test_padding_after_the_end_marker_is_harmless() -> None:
     pixels = exposure()
     stream = encode_frame(pixels, uid.JPEGLosslessSV1, 12) + b"\0" * 7
-    assert np.array_equal(utils.decode_stream(stream, layout_of(pixels)), pixels)
+    assert np.array_equal(decoded(stream, pixels), pixels)
 
 
 def test_bits_beyond_the_precision_are_masked() -> None:
@@ -293,7 +305,7 @@ def test_bits_beyond_the_precision_are_masked() -> None:
     stream = imagecodecs.jpeg2k_encode(
         signed, codecformat="J2K", reversible=True, level=0, bitspersample=12
     )
-    found = utils.decode_stream(bytes(stream), layout_of(exposure()))
+    found = decoded(bytes(stream), exposure())
     assert np.array_equal(found, signed.view(np.uint16) & 4095)
 
 
@@ -310,7 +322,7 @@ def test_any_size_and_depth_comes_back(
 ) -> None:
     pixels = exposure(rows, columns, bits, seed)
     stream = encode_frame(pixels, SYNTAXES[name], bits)
-    assert np.array_equal(utils.decode_stream(stream, layout_of(pixels, bits)), pixels)
+    assert np.array_equal(decoded(stream, pixels, bits), pixels)
 
 
 # --- Reading ------------------------------------------------------------------------
@@ -356,9 +368,6 @@ def test_what_was_wrong_with_the_meta_is_told(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"%PDF-1.7 ...", "a PDF document"),
-        (b"PK\3\4" + b"\0" * 200, "a ZIP archive"),
-        (b"\xff\xd8\xff\xe0" + b"\0" * 200, "a JPEG picture"),
         (b"just text\n" * 40, "is not a DICOM file"),
         (b"\0" * 128 + b"DICM", "truncated"),
     ],
@@ -382,7 +391,7 @@ def test_a_deflate_bomb_is_refused_within_the_limit(tmp_path: Path) -> None:
     data = path.read_bytes()
     (length,) = struct.unpack_from("<L", data, 140)
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    bomb = deflater.compress(b"\0" * (200 << 20)) + deflater.flush()
+    bomb = deflater.compress(b"\0" * (70 << 20)) + deflater.flush()
     path.write_bytes(data[: 144 + length] + bomb)
     with pytest.raises(RejectedError, match="inflates to more than 65 MB"):
         read_dicom(path, 1)
@@ -476,24 +485,22 @@ def test_a_copy_of_phase_1_looks_like_its_original(
     assert not outcome.reason
     copy = pydicom.dcmread(tmp_path / "out.dcm")
     assert np.array_equal(np.frombuffer(copy.PixelData, stored.dtype), stored.ravel())
-    assert copy.HighBit == copy.BitsStored - 1
-    assert (copy.BitsStored > 12) == (kind == "nine bits said" and name != "explicit")
+    assert (copy.BitsStored, copy.HighBit) == (12, 11)
     assert ("bits stored 9" in outcome.record["notes"]) == (kind == "nine bits said")
     original = utils.prepare_image(path)
     assert utils.prepare_image(tmp_path / "out.dcm") == original
 
 
 @pytest.mark.parametrize("name", ["explicit", "RLE"])
-def test_an_overlay_in_unused_bits_becomes_overlay_data(
+def test_an_overlay_in_unused_bits_is_left_out_with_a_note(
     tmp_path: Path, name: str
 ) -> None:
-    path, _ = write_cells(tmp_path / "x", "overlay", name)
-    fase1.convert(fase1.Task(path, tmp_path / "out.dcm", 64))
+    path, stored = write_cells(tmp_path / "x", "overlay", name)
+    notes, pixels = notes_of(path)
+    assert notes == "an overlay in unused bits was left out"
+    assert np.array_equal(pixels, stored)
     copy = pydicom.dcmread(tmp_path / "out.dcm")
-    expected = np.zeros((40, 48), np.uint8)
-    expected[10:30, 5:20] = 1
-    assert np.array_equal(copy.overlay_array(0x6000), expected)
-    assert copy[0x60000102].value == 0
+    assert not [tag for tag in copy.keys() if tag.group == 0x6000]  # noqa: SIM118
 
 
 def test_a_frame_is_judged_with_the_others_of_its_image(tmp_path: Path) -> None:
@@ -568,7 +575,7 @@ def rle(pixels: Pixels, excess: int) -> bytes:
 def test_rle_segments_that_are_too_long_are_cut_with_a_note(excess: int) -> None:
     pixels, notes = exposure(), list[str]()
     stream = rle(pixels, excess)
-    found = utils.decode_stream(stream, layout_of(pixels), notes)
+    found = decoded(stream, pixels, notes=notes)
     assert np.array_equal(found, pixels)
     assert notes == (
         [f"{2 * excess} bytes after its RLE segments left out"] * bool(excess)
@@ -577,7 +584,7 @@ def test_rle_segments_that_are_too_long_are_cut_with_a_note(excess: int) -> None
 
 def test_rle_segments_that_are_too_short_are_refused() -> None:
     with pytest.raises(RejectedError, match="an RLE segment is too short"):
-        utils.decode_stream(rle(exposure(), -1), layout_of(exposure()))
+        decoded(rle(exposure(), -1), exposure())
 
 
 @pytest.mark.parametrize("name", JPEG)
@@ -588,10 +595,8 @@ def test_fill_bytes_before_the_end_marker_are_harmless(name: str) -> None:
     stream = encode_frame(pixels, JPEG[name], bits)
     assert stream.endswith(b"\xff\xd9")
     filled = stream[:-2] + b"\xff\xff\xff\xd9"
-    expected = utils.decode_stream(stream, layout_of(pixels, bits))
-    assert np.array_equal(
-        utils.decode_stream(filled, layout_of(pixels, bits)), expected
-    )
+    expected = decoded(stream, pixels, bits)
+    assert np.array_equal(decoded(filled, pixels, bits), expected)
 
 
 IDS = {
