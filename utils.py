@@ -2801,7 +2801,7 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
     try:
         client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
         return await opened.enter_async_context(client)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: no TLS here
         raise PipelineError(
             f"no Dask scheduler answers at {cfg.dask} ({_short(error)}): start it with "
             "`dask scheduler` or use --dask local:2"
