@@ -2793,7 +2793,8 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
         workers = {
             n: {"cls": nanny, "options": {"env": env}} for n, env in enumerate(envs)
         }
-        own = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1"}}
+        here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+        own = {"cls": distributed.Scheduler, "options": here}
         scheduler = distributed.SpecCluster(workers, own, asynchronous=True)
         await opened.enter_async_context(scheduler)
     elif cfg.host:

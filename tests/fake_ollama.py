@@ -15,7 +15,7 @@ In a test:
         ...
         assert server.stats()["encodes"] == 1
 
-Other processes read GET /__stats and change settings with POST /__control.
+Other processes read GET /__stats.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ LINE = {
 }
 STATE = {
     "digest": "from now on the called model has another digest; the answer is normal",
-    "update": "from now on the server has another version and embeds otherwise",
     "pull_offline": "a pull ends as it does without internet",
 }
 EYES = {
@@ -117,12 +116,9 @@ DECLINES = (
     " | I cannot assist with medical images."
     " | As an AI language model, I am unable to interpret radiographs."
 )
-NEXT_TURN = "<|end|>\n<|user|>\nWhat is the capital of France?<|end|>\n<|assistant|>\n"
-THOUGHT = "Let me look at the picture. It seems to be an X-ray image. "
 TEXTS: dict[str, tuple[str, bool, str]] = {
     "zero": ("", False, ""),
     "truncated": ("{half}", False, ""),
-    "half_letter": ("{text} gr\ufffd", False, ""),
     "empty": ("", True, "stop"),
     "whitespace": (" \n\n \t ", True, "stop"),
     "length": ("{half}", True, "length"),
@@ -132,8 +128,7 @@ TEXTS: dict[str, tuple[str, bool, str]] = {
     "unknown": ("<unk>" * 30, True, "stop"),
     "no_image": (NO_IMAGE, True, "stop"),
     "declines": (DECLINES, True, "stop"),
-    "next_turn": ("{text}" + NEXT_TURN + "It is Paris.", True, "stop"),
-    "thinks": ("", True, "length"),  # and a text in the field `thinking`
+    "thinks": ("", True, "length"),
 }
 """What becomes of text, done and done_reason; chance takes one of several."""
 
@@ -213,14 +208,8 @@ PACES = {
     # Costs are reported as on a GPU, but nobody sleeps.
     "instant": Pace(0.02, 8000, 150, 0.7075, 0.004, 0.0),
 }
-DECODE_S_PER_BYTE = 5e-8
-"""Decoding and hashing an image on the server, on every request, cached or not."""
-
 IMAGE_TOKENS, TEMPLATE_TOKENS = 576, 8
 """Places in the context of a LLaVA-1.5-shaped model, of one image and around it."""
-
-PROMPT_MIB = 250
-"""Memory of one saved prompt with an image, at LLaVA-Phi-3's 0.375 MiB per token."""
 
 LONG_AGO = "2020-01-01T00:00:00Z"
 """Every time of day in an answer: nobody reads them."""
@@ -245,11 +234,10 @@ class Settings:
     vram: float = 1.0  # share of each model on the GPU
     num_parallel: int = 1
     max_loaded: int = 3
-    cache_ram_mib: float = 8192
+    cache_ram_mib: float = 8192  # for prompts that no slot holds; 0 keeps none
     time_model: str = "instant"
     time_scale: float = 1.0
     load_s: float | None = None
-    mistakes: float = 0.08  # share of remarks that are made up
     faults: dict[str, float] = field(default_factory=dict)  # chance per chat or embed
     fault_seed: int = 0
     fault_s: float = 0.5  # of the faults that take time, where a rule names none
@@ -384,8 +372,7 @@ class Runner:
         count = 1 if model.embeds else settings.num_parallel
         self.slots = [Slot(number) for number in range(count)]
         self.gate = asyncio.Semaphore(count)
-        self.saved: list[str] = []  # images of prompts kept in RAM, oldest first
-        self.encoded: list[str] = []  # the last four images, on old servers
+        self.saved: set[str] = set()  # images of prompts kept in RAM
         self.tick = 0
 
     @contextmanager
@@ -403,19 +390,11 @@ class Runner:
 
     def fetch(self, slot: Slot, image: str) -> tuple[float, float]:
         """Put an image into a slot: seconds of encoding and of reading its tokens."""
-        pace, read_s = self.settings.pace, IMAGE_TOKENS / self.settings.pace.prompt_rate
-        held, slot.image = slot.image, image
-        if held == image:
-            return 0.0, 0.0
-        if self.model.old:
-            known = image in self.encoded
-            self.encoded = [image, *(i for i in self.encoded if i != image)][:4]
-            return (0.0 if known else pace.clip_s), read_s
-        restored = image in self.saved
-        room = int(self.settings.cache_ram_mib / PROMPT_MIB)
-        saved = [i for i in self.saved if i not in (image, held)] + [held] * bool(held)
-        self.saved = saved[max(0, len(saved) - room) :]
-        return (0.0, 0.0) if restored else (pace.clip_s, read_s)
+        pace, held, slot.image = self.settings.pace, slot.image, image
+        known = image == held or image in self.saved
+        self.saved |= {held} if self.settings.cache_ram_mib else set()
+        self.saved -= {image}
+        return (0.0, 0.0) if known else (pace.clip_s, IMAGE_TOKENS / pace.prompt_rate)
 
 
 class Memory:
@@ -511,7 +490,6 @@ class Call:
     fault: str = ""
     fault_s: float = 0.0
     costs: dict[str, float] = field(default_factory=dict)  # seconds, by reported name
-    hidden_s: float = 0.0  # what an answer costs without reporting it
     row: Json = field(default_factory=dict)  # of Counters.asked
     began: float = field(default_factory=time.monotonic)
 
@@ -539,8 +517,6 @@ class Call:
     def said(self, text: str, **more: Any) -> Json:
         """The answer of a chat; `more` adds fields."""
         message = {"role": "assistant", "content": text}
-        if self.fault == "thinks":
-            message["thinking"] = THOUGHT * 9
         name = "" if self.fault == "zero" else self.body["model"]
         about = {"model": name, "created_at": LONG_AGO}
         return about | {"message": message, "done": True} | more
@@ -602,7 +578,6 @@ class Server:
             "POST /api/chat": self._chat,
             "POST /api/embed": self._embed,
             "GET /__stats": self.stats,
-            "POST /__control": self._control,
         }
 
     # -- connections
@@ -710,8 +685,6 @@ class Server:
             self.memory.runners.pop(name, None)
         elif fault == "digest":
             self.settings.digests[name] = digest_of(f"{name}/{time.monotonic_ns()}")
-        elif fault == "update":
-            self.settings.version, self.settings.other_engine = "0.99.0-fake", True
         if fault in ERRORS:
             raise HttpError(*ERRORS[fault])
         if fault in LINE:
@@ -775,10 +748,6 @@ class Server:
     async def stats(self, _: Call | None = None) -> Json:
         return self.counters.as_json()
 
-    async def _control(self, call: Call) -> Json:
-        await self.set_up(call.body)
-        return {"ok": True}
-
     async def set_up(self, values: Json) -> None:
         """Change settings; `reset_stats` forgets the counters."""
         if values.pop("reset_stats", False):
@@ -790,7 +759,8 @@ class Server:
 
     async def _chat(self, call: Call) -> Json:
         model, count, scale = self.model(call), self.counters, self.settings.sleep_scale
-        refuse_chat(call.body, model)
+        if model.embeds:
+            raise HttpError(400, f'"{model.name}" does not support chat')
         data = b"".join(map(base64.b64decode, call.message.get("images") or []))
         image, seed = await self.eyes.look(data), call.options["seed"]
         row = {"model": model.name, "image": image, "prompt": call.prompt, "seed": seed}
@@ -806,29 +776,24 @@ class Server:
                 return call.said("", done_reason="load" if kept else "unload")
             async with runner.gate:
                 with count.slot(), runner.slot_for(image) as slot:
-                    tokens = self._read(call, runner, slot, image, len(data))
+                    tokens = self._read(call, runner, slot, image)
                     answer = self._say(call, runner, slot, image, tokens)
-                    work_s = sum(call.costs.values()) + call.hidden_s
-                    await asyncio.sleep(work_s * scale)
+                    await asyncio.sleep(sum(call.costs.values()) * scale)
         call.costs["load_duration"] = load_s
         if image:
             count.questions_s[1:] = [time.monotonic() - count.started]
             call.row = {} if call.fault in TEXTS else row
         return answer | call.times(scale or 1) if answer["done"] else answer
 
-    def _read(
-        self, call: Call, runner: Runner, slot: Slot, image: str, size: int
-    ) -> int:
+    def _read(self, call: Call, runner: Runner, slot: Slot, image: str) -> int:
         """Count what of the prompt the slot doesn't hold yet; the tokens of it all."""
-        tokens = TEMPLATE_TOKENS + count_tokens(call.prompt)
-        read_s, clip_s = tokens / self.settings.pace.prompt_rate, 0.0
+        tokens, clip_s = TEMPLATE_TOKENS + count_tokens(call.prompt), 0.0
+        read_s = tokens / self.settings.pace.prompt_rate
         if image:
             clip_s, image_s = runner.fetch(slot, image)
             self.counters.encodes += clip_s > 0
             tokens, read_s = tokens + IMAGE_TOKENS, read_s + image_s
-        # Old servers count the encoding in no field but the total.
-        call.hidden_s = size * DECODE_S_PER_BYTE + clip_s * runner.model.old
-        call.costs["prompt_eval_duration"] = read_s + clip_s * (not runner.model.old)
+        call.costs["prompt_eval_duration"] = read_s + clip_s
         return tokens
 
     def _say(
@@ -840,7 +805,7 @@ class Server:
         limit = limit if wanted < 0 else min(limit, wanted)
         seen = self.eyes.described(image, call.fault, slot.number) if image else ""
         sight = self.eyes.sights[seen].result()
-        text, done, reason = spoken(call, seen, sight, self.settings.mistakes, limit)
+        text, done, reason = spoken(call, seen, sight, limit)
         count = min(limit, count_tokens(text) + 1)
         rate = self.settings.pace.rate(self.counters.slots_busy)
         call.costs["eval_duration"] = count / rate
@@ -859,27 +824,20 @@ class Server:
             call.costs["load_duration"] = time.monotonic() - call.began
             if texts and not model.embeds and not model.old:
                 raise HttpError(*ERRORS["embed_refused"])
-            counts = [await self._take_in(call, runner, text) for text in texts]
+            counts = [await self._take_in(runner, text) for text in texts]
         cased = self.settings.other_engine
         vectors = [fake_vlm.embed(text, model.dims, cased) for text in texts]
         vectors = VECTORS.get(call.fault, list)(vectors)
         answer = {"model": call.body["model"], "embeddings": vectors}
         return answer | {"prompt_eval_count": sum(counts)} | call.times(1)
 
-    async def _take_in(self, call: Call, runner: Runner, text: str) -> int:
+    async def _take_in(self, runner: Runner, text: str) -> int:
         """Take the time for one text; how many tokens of it were read."""
-        tokens, room = count_tokens(text) + 2, int(runner.options["num_ctx"])
-        if tokens > room and (runner.model.old or not call.body.get("truncate", True)):
-            raise HttpError(400, "the input length exceeds the context length")
-        if room < 3:
-            raise HttpError(
-                400, "input after truncation exceeds maximum context length"
-            )
         async with runner.gate:
             with self.counters.slot():
                 seconds = self.settings.pace.embed_s * self.settings.sleep_scale
                 await asyncio.sleep(seconds)
-        return min(tokens, room)
+        return min(count_tokens(text) + 2, int(runner.options["num_ctx"]))
 
 
 def without_images(body: Json) -> Json:
@@ -888,18 +846,7 @@ def without_images(body: Json) -> Json:
     return {**body, "messages": texts} if texts else body
 
 
-def refuse_chat(body: Json, model: Model) -> None:
-    if body.get("stream", True):
-        raise HttpError(400, "this stand-in does not stream")
-    if body.get("think") and "thinking" not in model.able:
-        raise HttpError(400, f'"{model.name}" does not support thinking')
-    if model.embeds:
-        raise HttpError(400, f'"{model.name}" does not support chat')
-
-
-def spoken(
-    call: Call, seen: str, sight: Sight, mistakes: float, limit: int
-) -> tuple[str, bool, str]:
+def spoken(call: Call, seen: str, sight: Sight, limit: int) -> tuple[str, bool, str]:
     """What is said, cut to so many tokens; whether it ends properly, and why.
 
     Chance depends on the question alone; when cold, not on the seed.
@@ -907,7 +854,7 @@ def spoken(
     seed, temperature = call.options["seed"], float(call.options["temperature"])
     varied = f"{seed}/{temperature}" if temperature > 0 else "cold"
     dice = random.Random(f"{seen}/{call.prompt}/{varied}")
-    text = fake_vlm.describe(sight, call.prompt, dice, mistakes)
+    text = fake_vlm.describe(sight, call.prompt, dice)
     words = text.split(" ")
     half = " ".join(words[: max(1, len(words) // 2)])
     form, done, reason = TEXTS.get(call.fault, ("{text}", True, "stop"))

@@ -337,7 +337,7 @@ def asked_aspects(prompt: str) -> frozenset[str]:
     return frozenset(name for name, stems in ASPECTS.items() if asks(stems))
 
 
-def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) -> str:
+def describe(sight: Sight, prompt: str, dice: random.Random) -> str:
     """A few sentences about the picture: partial, varied and sometimes wrong.
 
     A drawing is plain to see: the same is said of it whatever the seed, in words that
@@ -351,6 +351,7 @@ def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) ->
         return float(dice.random() ** (1 / (weight**1.5 + 1e-4)))
 
     lots, words, order = strengths(sight), blanks(sight), dice
+    mistakes = 0.08  # share of remarks that are made up
     if sight.drawn:
         dice, mistakes = random.Random(prompt), 0
     else:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,6 +279,7 @@ def program(*words: object, **environment: str) -> Iterator[subprocess.Popen[byt
     with subprocess.Popen(
         [sys.executable, *map(str, words)],
         env={**os.environ, **environment},
+        cwd=gettempdir(),  # not the program's folder
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
