@@ -2788,10 +2788,15 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
     if cfg.dask.startswith("local:"):
         hosts = [one.host_url for one in cfg.one_per_host()]
         count = int(cfg.dask.removeprefix("local:"))
-        envs = [{"OLLAMA_HOST": hosts[n % len(hosts)]} for n in range(count)]
-        nanny = distributed.Nanny
         workers = {
-            n: {"cls": nanny, "options": {"env": env}} for n, env in enumerate(envs)
+            n: {
+                "cls": distributed.Nanny,
+                "options": {
+                    "env": {"OLLAMA_HOST": hosts[n % len(hosts)]},
+                    "silence_logs": logging.ERROR,
+                },
+            }
+            for n in range(count)
         }
         here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
         own = {"cls": distributed.Scheduler, "options": here}

@@ -406,6 +406,7 @@ def test_a_worker_without_nanny_that_is_killed_leaves_its_images_to_the_others(
     def kill() -> None:
         wait_for(lambda: len(asked_of(other)) >= 3)
         cluster.workers[1].kill()
+        cluster.workers[1].wait()
 
     with meanwhile(kill):
         assert phase2(base, cluster.flags) == 0
