@@ -2772,8 +2772,9 @@ async def _dask_ways(
     client = await _dask_client(cfg, opened)
     actors = await _own_servers(client, refuse)
     if not actors:
-        start = f"dask worker {cfg.dask}"
-        raise PipelineError(f"no worker to use: start one with `{start}`")
+        raise PipelineError(
+            f"no Dask worker to use: `dask worker {cfg.dask}` makes one"
+        )
     return [DaskWay(client, name, actor) for name, actor in actors.items()]
 
 
@@ -2787,17 +2788,10 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
     scheduler: Any = cfg.dask
     if cfg.dask.startswith("local:"):
         hosts = [one.host_url for one in cfg.one_per_host()]
+        nanny = partial(distributed.Nanny, silence_logs=logging.ERROR)
         count = int(cfg.dask.removeprefix("local:"))
-        workers = {
-            n: {
-                "cls": distributed.Nanny,
-                "options": {
-                    "env": {"OLLAMA_HOST": hosts[n % len(hosts)]},
-                    "silence_logs": logging.ERROR,
-                },
-            }
-            for n in range(count)
-        }
+        each = [{"env": {"OLLAMA_HOST": hosts[n % len(hosts)]}} for n in range(count)]
+        workers = {n: {"cls": nanny, "options": one} for n, one in enumerate(each)}
         here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
         own = {"cls": distributed.Scheduler, "options": here}
         scheduler = distributed.SpecCluster(workers, own, asynchronous=True)
