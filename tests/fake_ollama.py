@@ -211,9 +211,6 @@ PACES = {
 IMAGE_TOKENS, TEMPLATE_TOKENS = 576, 8
 """Places in the context of a LLaVA-1.5-shaped model, of one image and around it."""
 
-LONG_AGO = "2020-01-01T00:00:00Z"
-"""Every time of day in an answer: nobody reads them."""
-
 VERSIONS = {"llamaserver": "0.33.0", "llamarunner": "0.24.0"}
 """Servers of today, and the last that embedded with chat models."""
 
@@ -261,8 +258,6 @@ class Settings:
             new.script = [
                 Rule(**r) if isinstance(r, dict) else Rule(*r) for r in script
             ]
-        if new.era not in VERSIONS or new.time_model not in PACES:
-            raise ValueError(f"unknown era or time model: {new.era}, {new.time_model}")
         for name in [*new.faults, *(rule.fault for rule in new.script)]:
             if name not in FAULTS:
                 raise ValueError(f"unknown fault {name!r}; known: {sorted(FAULTS)}")
@@ -335,15 +330,13 @@ class Model:
         """What /api/tags says."""
         name = self.name if ":" in self.name else f"{self.name}:latest"
         about = {"name": name, "model": name, "digest": self.digest}
-        return about | {"size": 100, "modified_at": LONG_AGO, "details": self.details}
+        return about | {"size": 100, "details": self.details}
 
-    def options(self, body: Json) -> Json:
-        """The options whose change makes Ollama load the model again."""
-        given = body.get("options") or {}
-        names = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
-        num_ctx = min(given.get("num_ctx") or 4096, 2048 if self.embeds else 4096)
-        least = 2048 if "vision" in self.able else 1
-        return {n: given.get(n) for n in names} | {"num_ctx": max(num_ctx, least)}
+    def num_ctx(self, body: Json) -> int:
+        """The context length; Ollama loads the model again when it changes."""
+        asked = int((body.get("options") or {}).get("num_ctx") or 4096)
+        asked = min(asked, 2048 if self.embeds else 4096)
+        return max(asked, 2048 if "vision" in self.able else 1)
 
 
 def keeps(value: Any) -> bool:
@@ -365,10 +358,10 @@ class Slot:
 
 
 class Runner:
-    """One loaded model: its options, slots, caches and FIFO gate."""
+    """One loaded model: its context length, slots, caches and FIFO gate."""
 
-    def __init__(self, model: Model, options: Json, settings: Settings) -> None:
-        self.model, self.options, self.settings = model, options, settings
+    def __init__(self, model: Model, num_ctx: int, settings: Settings) -> None:
+        self.model, self.num_ctx, self.settings = model, num_ctx, settings
         count = 1 if model.embeds else settings.num_parallel
         self.slots = [Slot(number) for number in range(count)]
         self.gate = asyncio.Semaphore(count)
@@ -407,30 +400,26 @@ class Memory:
 
     @asynccontextmanager
     async def runner(self, model: Model, body: Json) -> AsyncIterator[Runner]:
-        """A runner with the options of this request, for as long as it takes."""
-        kept, options = keeps(body.get("keep_alive")), model.options(body)
-        if not self._fits(model, options):
-            async with self.loading:
-                if not self._fits(model, options):
-                    await self._load(model, options)
-        runner = self.runners[model.name] = self.runners.pop(model.name)
+        """A runner with the context length of this request, for as long as it takes."""
+        kept, num_ctx = keeps(body.get("keep_alive")), model.num_ctx(body)
+        async with self.loading:
+            runner = self.runners.pop(model.name, None)
+            if runner is None or runner.num_ctx != num_ctx:
+                self.counters.reloads += runner is not None
+                runner = await self._load(model, num_ctx)
+            self.runners[model.name] = runner
         yield runner
         if not kept:
             self.runners.pop(model.name, None)
 
-    def _fits(self, model: Model, options: Json) -> bool:
-        runner = self.runners.get(model.name)
-        return runner is not None and runner.options == options
-
-    async def _load(self, model: Model, options: Json) -> None:
-        self.counters.reloads += self.runners.pop(model.name, None) is not None
+    async def _load(self, model: Model, num_ctx: int) -> Runner:
         while len(self.runners) >= self.settings.max_loaded:
             self.runners.pop(next(iter(self.runners)))
         own = self.settings.load_s
         load_s = self.settings.pace.load_s if own is None else own
         await asyncio.sleep(load_s * self.settings.time_scale)
         self.counters.loads += 1
-        self.runners[model.name] = Runner(model, options, self.settings)
+        return Runner(model, num_ctx, self.settings)
 
 
 # --- One call -------------------------------------------------------------------------
@@ -482,7 +471,6 @@ def count_tokens(text: str) -> int:
 class Call:
     """One request, and what is known of its answer."""
 
-    method: str
     path: str
     head: str
     payload: bytes
@@ -507,28 +495,24 @@ class Call:
         defaults = {"seed": -1, "temperature": 0.8, "num_predict": -1}
         return defaults | (self.body.get("options") or {})
 
-    def times(self, scale: float) -> dict[str, int]:
-        """Nanoseconds of a machine that needs `scale` times as long as it would."""
-        elapsed = (time.monotonic() - self.began) / scale
-        total = max(elapsed, sum(self.costs.values()))
-        times = {"total_duration": total, **self.costs}
-        return {name: int(s * 1e9) for name, s in times.items() if s >= 1e-9}
+    def times(self) -> dict[str, int]:
+        """Nanoseconds, by reported name."""
+        return {name: int(s * 1e9) for name, s in self.costs.items()}
 
     def said(self, text: str, **more: Any) -> Json:
         """The answer of a chat; `more` adds fields."""
         message = {"role": "assistant", "content": text}
         name = "" if self.fault == "zero" else self.body["model"]
-        about = {"model": name, "created_at": LONG_AGO}
-        return about | {"message": message, "done": True} | more
+        return {"model": name, "message": message, "done": True} | more
 
 
 async def read_call(reader: asyncio.StreamReader) -> Call:
     """The next request of a connection; IncompleteReadError if there is none."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    method, path = head.split(" ", 2)[:2]
+    path = head.split(" ", 2)[1].partition("?")[0]
     size = re.search(r"\r\ncontent-length:\s*(\d+)", head, re.IGNORECASE)
     payload = await reader.readexactly(int(size[1]) if size else 0)
-    return Call(method, path.partition("?")[0], head, payload)
+    return Call(path, head, payload)
 
 
 async def send(
@@ -569,23 +553,13 @@ class Server:
         self.writers: set[asyncio.StreamWriter] = set()
         self.listener: asyncio.Server | None = None
         self.fault_calls = 0
-        self.endpoints: dict[str, Callable[[Call], Coroutine[Any, Any, Any]]] = {
-            "GET /api/version": self._version,
-            "GET /api/tags": self._tags,
-            "GET /api/ps": self._ps,
-            "POST /api/show": self._show,
-            "POST /api/pull": self._pull,
-            "POST /api/chat": self._chat,
-            "POST /api/embed": self._embed,
-            "GET /__stats": self.stats,
-        }
 
     # -- connections
 
     async def listen(self) -> None:
         await self.eyes.look(b"")
         for model in (Model(name, self.settings) for name in self.settings.resident):
-            runner = Runner(model, model.options({}), self.settings)
+            runner = Runner(model, model.num_ctx({}), self.settings)
             self.memory.runners[model.name] = runner
         if not (self.listener and self.listener.is_serving()):
             self.listener = await asyncio.start_server(
@@ -646,18 +620,19 @@ class Server:
             count.last_s[call.path] = time.monotonic() - count.started
 
     async def _routed(self, call: Call) -> Any:
-        endpoint = self.endpoints.get(f"{call.method} {call.path}")
+        if call.path == "/__stats":
+            return self.counters.as_json()
+        endpoint = getattr(self, call.path.strip("/").replace("/", "_"), None)
         if endpoint is None:
             raise HttpError(*ERRORS["plain_404"])
         call.body = json.loads(call.payload or b"{}")
-        if call.path.startswith("/api"):
-            if f"{self.settings.authorization}\r\n".lower() not in call.head.lower():
-                raise HttpError(*ERRORS["unauthorized"])
-            self.bodies.append((call.path, without_images(call.body)))
-            self._draw_fault(call)
-            if call.fault:
-                self.counters.faults[call.fault] += 1
-                await self._act_out(call)
+        if f"{self.settings.authorization}\r\n".lower() not in call.head.lower():
+            raise HttpError(*ERRORS["unauthorized"])
+        self.bodies.append((call.path, without_images(call.body)))
+        self._draw_fault(call)
+        if call.fault:
+            self.counters.faults[call.fault] += 1
+            await self._act_out(call)
         return await endpoint(call)
 
     # -- faults
@@ -710,27 +685,27 @@ class Server:
         tag = ":latest" * (call.path == "/api/show" and ":" not in name)
         raise HttpError(404, f"model '{name}{tag}' not found")
 
-    async def _version(self, _: Call) -> Json:
+    async def api_version(self, _: Call) -> Json:
         usual = f"{VERSIONS[self.settings.era]}-fake"
         return {"version": self.settings.version or usual}
 
-    async def _tags(self, _: Call) -> Json:
+    async def api_tags(self, _: Call) -> Json:
         names = self.settings.models
         return {"models": [Model(name, self.settings).listed() for name in names]}
 
-    async def _ps(self, _: Call) -> Json:
+    async def api_ps(self, _: Call) -> Json:
         running = []
         for runner in self.memory.runners.values():
             facts = runner.model.listed()
             in_vram = {"size_vram": int(100 * self.settings.vram)}
-            running.append({**facts, **in_vram, "expires_at": LONG_AGO})
+            running.append({**facts, **in_vram})
         return {"models": running}
 
-    async def _show(self, call: Call) -> Json:
+    async def api_show(self, call: Call) -> Json:
         model = self.model(call)
         return {"details": model.details, "model_info": {}, "capabilities": model.able}
 
-    async def _pull(self, call: Call) -> bytes:
+    async def api_pull(self, call: Call) -> bytes:
         """All steps at once, one a line; an error is a line, too."""
         name, layer = str(call.body.get("model")), {"status": "pulling", "total": 10**6}
         steps: list[Json] = [{"status": "pulling manifest"}]
@@ -745,7 +720,7 @@ class Server:
             self.settings.models = tuple({*self.settings.models, name})
         return b"".join(json.dumps(step).encode() + b"\n" for step in steps)
 
-    async def stats(self, _: Call | None = None) -> Json:
+    async def stats(self) -> Json:
         return self.counters.as_json()
 
     async def set_up(self, values: Json) -> None:
@@ -757,7 +732,7 @@ class Server:
 
     # -- chat
 
-    async def _chat(self, call: Call) -> Json:
+    async def api_chat(self, call: Call) -> Json:
         model, count, scale = self.model(call), self.counters, self.settings.sleep_scale
         if model.embeds:
             raise HttpError(400, f'"{model.name}" does not support chat')
@@ -770,7 +745,6 @@ class Server:
             row["asked"] += 1
             count.questions_s = count.questions_s or [call.began - count.started]
         async with self.memory.runner(model, call.body) as runner:
-            load_s = time.monotonic() - call.began
             if not call.prompt:
                 kept = keeps(call.body.get("keep_alive"))
                 return call.said("", done_reason="load" if kept else "unload")
@@ -779,11 +753,10 @@ class Server:
                     tokens = self._read(call, runner, slot, image)
                     answer = self._say(call, runner, slot, image, tokens)
                     await asyncio.sleep(sum(call.costs.values()) * scale)
-        call.costs["load_duration"] = load_s
         if image:
             count.questions_s[1:] = [time.monotonic() - count.started]
             call.row = {} if call.fault in TEXTS else row
-        return answer | call.times(scale or 1) if answer["done"] else answer
+        return answer | call.times() if answer["done"] else answer
 
     def _read(self, call: Call, runner: Runner, slot: Slot, image: str) -> int:
         """Count what of the prompt the slot doesn't hold yet; the tokens of it all."""
@@ -801,7 +774,7 @@ class Server:
     ) -> Json:
         if "thinking" in runner.model.able and call.body.get("think") is not False:
             call.fault = "thinks"
-        limit, wanted = runner.options["num_ctx"] - tokens, call.options["num_predict"]
+        limit, wanted = runner.num_ctx - tokens, call.options["num_predict"]
         limit = limit if wanted < 0 else min(limit, wanted)
         seen = self.eyes.described(image, call.fault, slot.number) if image else ""
         sight = self.eyes.sights[seen].result()
@@ -817,11 +790,10 @@ class Server:
 
     # -- embeddings
 
-    async def _embed(self, call: Call) -> Json:
+    async def api_embed(self, call: Call) -> Json:
         model, given = self.model(call), call.body.get("input") or []
         texts = [given] if isinstance(given, str) else given
         async with self.memory.runner(model, call.body) as runner:
-            call.costs["load_duration"] = time.monotonic() - call.began
             if texts and not model.embeds and not model.old:
                 raise HttpError(*ERRORS["embed_refused"])
             counts = [await self._take_in(runner, text) for text in texts]
@@ -829,7 +801,7 @@ class Server:
         vectors = [fake_vlm.embed(text, model.dims, cased) for text in texts]
         vectors = VECTORS.get(call.fault, list)(vectors)
         answer = {"model": call.body["model"], "embeddings": vectors}
-        return answer | {"prompt_eval_count": sum(counts)} | call.times(1)
+        return answer | {"prompt_eval_count": sum(counts)}
 
     async def _take_in(self, runner: Runner, text: str) -> int:
         """Take the time for one text; how many tokens of it were read."""
@@ -837,7 +809,7 @@ class Server:
             with self.counters.slot():
                 seconds = self.settings.pace.embed_s * self.settings.sleep_scale
                 await asyncio.sleep(seconds)
-        return min(count_tokens(text) + 2, int(runner.options["num_ctx"]))
+        return min(count_tokens(text) + 2, runner.num_ctx)
 
 
 def without_images(body: Json) -> Json:

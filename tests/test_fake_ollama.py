@@ -75,7 +75,7 @@ def test_a_preflight_and_a_question_have_all_the_fields(fake: FakeOllama) -> Non
     assert httpx.get(f"{fake.url}/api/version").json() == {"version": "0.33.0-fake"}
     assert (reply.done, reply.done_reason, reply.eval_count) == (True, "length", 5)
     assert (reply.prompt_eval_count or 0) > 576
-    assert all((reply.eval_duration, reply.prompt_eval_duration, reply.total_duration))
+    assert all((reply.eval_duration, reply.prompt_eval_duration))
 
 
 def test_an_empty_chat_loads_and_unloads(fake: FakeOllama) -> None:
@@ -151,7 +151,6 @@ def test_an_image_that_is_known_takes_less_time() -> None:
         cold, warm = (ask(client_of(fake), num_predict=15) for _ in "ab")
     read_s = ((cold.prompt_eval_duration or 0) - (warm.prompt_eval_duration or 0)) / 1e9
     assert read_s == pytest.approx(576 / 60 + 3, abs=0.01)
-    assert (cold.total_duration or 0) / 1e9 > 576 / 60 + 3 + 1
 
 
 def test_slots_share_the_machine_and_encode_an_image_each() -> None:
@@ -296,6 +295,7 @@ def test_the_command_serves_another_process(tmp_path: Path) -> None:
         while not ready.exists() or not ready.read_text():
             time.sleep(0.02)
         url = ready.read_text()
-        assert "abc" in httpx.get(f"{url}/api/tags").text
-        assert httpx.get(f"{url}/__stats").json()["requests"] == {"/api/tags": 1}
+        tags, stats = httpx.get(f"{url}/api/tags"), httpx.get(f"{url}/__stats").json()
         process.terminate()
+    assert "abc" in tags.text
+    assert stats["requests"]["/api/tags"] == 1
