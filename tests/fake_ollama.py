@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fake_vlm
-from fake_vlm import NoImageError, Sight
+from fake_vlm import Sight
 
 Json = dict[str, Any]
 Vectors = list[list[float]]
@@ -441,7 +441,7 @@ class Eyes:
             self.sights[name] = loop.run_in_executor(None, fake_vlm.look, data)
         try:
             await asyncio.shield(self.sights[name])
-        except NoImageError as problem:
+        except (OSError, SyntaxError, ValueError) as problem:  # no picture
             raise HttpError(*BAD_IMAGE) from problem
         return name
 
@@ -662,15 +662,13 @@ class Server:
             self.settings.digests[name] = digest_of(f"{name}/{time.monotonic_ns()}")
         if fault in ERRORS:
             raise HttpError(*ERRORS[fault])
-        if fault in LINE:
-            await self._break_line(fault, call.fault_s)
-
-    async def _break_line(self, fault: str, seconds: float) -> None:
+        usual = self.settings.fault_s
         if fault == "refuse":
-            self.refuse(seconds or self.settings.fault_s)
+            self.refuse(call.fault_s or usual)
         if fault in ("hang", "slow"):
-            usual = math.inf if fault == "hang" else self.settings.fault_s
-            await asyncio.sleep(seconds or usual)
+            await asyncio.sleep(
+                call.fault_s or (math.inf if fault == "hang" else usual)
+            )
         if fault in ("hang", "drop", "refuse"):
             raise ConnectionError
 
