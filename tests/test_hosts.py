@@ -487,12 +487,46 @@ def test_dask_is_not_imported_unless_it_is_asked_for() -> None:
     assert done.returncode == 0
 
 
-def test_a_scheduler_that_left_ends_the_run() -> None:
-    async def lost(*_: object) -> None:
-        raise RuntimeError("Worker holding Actor was lost")
+class Actor(SimpleNamespace):
+    """What a worker's actor looks like from here."""
 
-    gone, actor = SimpleNamespace(status="closed"), SimpleNamespace(says=lost)
-    way = utils.DaskWay(gone, "a server", actor)
-    asked = httpx.Request("GET", "http://dask/api/ps")
+    lost = False
+
+    async def who(self) -> tuple[str, str]:
+        return config.PROGRAM_VERSION, "a server"
+
+    async def says(self, *_: object) -> tuple[int, str, bytes]:
+        if self.lost:
+            raise RuntimeError("Worker holding Actor was lost")
+        return 200, "", b"{}"
+
+
+async def other_workers() -> dict[str, int]:
+    return {"tcp://another:1": 1}
+
+
+async def submit(*_: object, **__: object) -> Actor:
+    return Actor()
+
+
+ASKED = httpx.Request("GET", "http://dask/api/ps")
+
+
+def test_another_worker_of_the_same_server_takes_the_place_of_a_lost_one() -> None:
+    async def twice() -> int:
+        client = SimpleNamespace(status="running", nthreads=other_workers)
+        client.submit = submit
+        way = utils.DaskWay(client, "a server", Actor(lost=True))
+        with pytest.raises(httpx.ConnectError, match="lost"):
+            await way.handle_async_request(ASKED)
+        status: int = (await way.handle_async_request(ASKED)).status_code
+        return status
+
+    assert asyncio.run(twice()) == 200
+
+
+def test_a_scheduler_that_left_ends_the_run() -> None:
+    gone = SimpleNamespace(status="closed")
+    way = utils.DaskWay(gone, "a server", Actor(lost=True))
     with pytest.raises(utils.PipelineError, match=r"scheduler left.*same command"):
-        asyncio.run(way.handle_async_request(asked))
+        asyncio.run(way.handle_async_request(ASKED))
