@@ -10,6 +10,7 @@ the fingerprints that the phases compare.
 
 import argparse
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -31,50 +32,27 @@ BACKGROUND_CLASSES = ("FDT",)
 INCONCLUSIVE = "no concluyente"
 """What phase 4 prints where it should not name a class."""
 
-# --- Files --------------------------------------------------------------------------
+# --- Files, and the phases that write them ------------------------------------------
 
-FILE_LIST = "manifiesto.csv"
-"""Phase 1: one line per written file, in chronological order."""
-
-REJECTED_LIST = "rechazados.csv"
-"""Phases 1 and 2: what was left out, and why."""
-
-MANIFEST = "manifiesto.json"
-"""Phase 2: with what the dataset was made; its presence means "complete"."""
-
-DATASET_X, DATASET_Y, DATASET_ROWS = (
-    "dataset_X.npy",
-    "dataset_y.npy",
-    "dataset_filas.csv",
-)
-"""Phase 2: float32 (n_rows, n_features); str (n_rows,); one line per row."""
-
-DATASET_IMAGES, DATASET_PIXELS = "dataset_imagenes.csv", "dataset_pixeles.npy"
-"""Phase 2: one line per image; float32 (n_images, 40). In the order of first rows."""
-
-JOURNAL_DIR = "descripciones"
-"""Phases 2 and 4: one append-only JSON Lines file of answers per image."""
-
-CLASSIFIER, SCALER = "clasificador_svc.joblib", "escalador.joblib"
-"""Phase 3: scikit-learn objects that load with scikit-learn and numpy alone."""
-
-THUMBNAIL_DIR = "miniaturas"
-"""Phase 2: one JPEG per image, by its id, for the pages of phases 3 and 4."""
-
-SHEET, SHEET_THUMBNAILS = "vista_previa.html", ".miniaturas"
-"""Phase 1: the page to label from, and one JPEG per written file."""
-
-REPORT = "informe.html"
-"""Phase 3: all that the console says, with the training images."""
-
-CONFUSION_MATRIX, METRICS = "matriz_de_confusion.png", "metricas.json"
-"""Phase 3: the figure, and the figures; METRICS is written last."""
-
-SECOND_READER = "segundo_lector.joblib"
-"""Phase 3: scikit-learn pipeline of the second reader."""
-
-NEIGHBOURS = "vecinos.npz"
-"""Phase 3: generic training rows, scaled, that tell known images from strangers."""
+FILE_LIST = "manifiesto.csv"  # 1: one line per written file, in chronological order
+SHEET = "vista_previa.html"  # 1: the page to label from
+SHEET_THUMBNAILS = ".miniaturas"  # 1: folder, one JPEG per written file
+REJECTED_LIST = "rechazados.csv"  # 1, 2: what was left out, and why
+MANIFEST = "manifiesto.json"  # 2: with what it was made; where it is, all is complete
+DATASET_X = "dataset_X.npy"  # 2: float32 (n_rows, n_features)
+DATASET_Y = "dataset_y.npy"  # 2: str (n_rows,)
+DATASET_ROWS = "dataset_filas.csv"  # 2: one line per row
+DATASET_IMAGES = "dataset_imagenes.csv"  # 2: one line per image, by first rows
+DATASET_PIXELS = "dataset_pixeles.npy"  # 2: float32 (n_images, 40), in that order
+THUMBNAIL_DIR = "miniaturas"  # 2: one JPEG per image, by its id, for the later pages
+JOURNAL_DIR = "descripciones"  # 2, 4: append-only JSON Lines of answers per image
+CLASSIFIER = "clasificador_svc.joblib"  # 3: loads with scikit-learn and numpy alone
+SCALER = "escalador.joblib"  # 3: the same
+SECOND_READER = "segundo_lector.joblib"  # 3: the same, a pipeline
+NEIGHBOURS = "vecinos.npz"  # 3: generic rows, scaled: known images from strangers
+CONFUSION_MATRIX = "matriz_de_confusion.png"  # 3
+REPORT = "informe.html"  # 3: all that the console says, with the training images
+METRICS = "metricas.json"  # 3: all figures; written last
 
 # --- Image preparation: decoded pixels -> what the VLM sees -------------------------
 
@@ -188,184 +166,138 @@ PROBE_SENTENCE = "A radiograph of a uniform grey field without any object."
 
 # --- Knobs --------------------------------------------------------------------------
 
-ALL_PHASES = (1, 2, 3, 4)
-VLM_PHASES = (2, 4)
-
-GO_DURATION = re.compile(r"-?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|-?\d+(\.\d+)?")
-"""What Ollama takes as keep_alive: a duration of Go such as 1h30m, or seconds."""
+ALL_PHASES, VLM = (1, 2, 3, 4), (2, 4)
 
 
 def _knob(
+    phases: Sequence[int],
     default: Any,
     help_text: str,
-    *phases: int,
-    flag: str = "",
-    choices: Sequence[str] | None = None,
-    **limits: float,
+    least: float = 0,
+    most: float = math.inf,
+    **more: Any,
 ) -> Any:
     """A field that knows the phases that show it as a flag, and its limits.
 
-    `limits` are `least` and `most` (inclusive) and `above` (exclusive).
+    A number lies between `least` and `most`, both included. `more` may be `choices`,
+    `form` (a regular expression for texts) and `flag` (a name other than the field's).
     """
-    metadata = {
-        **{"help": help_text, "phases": phases, "flag": flag},
-        **{"choices": choices, "limits": limits},
-    }
-    return field(default=default, metadata=metadata)
+    given = {"help": help_text, "phases": phases, "least": least, "most": most}
+    free = {"choices": None, "form": ".*", "flag": ""}
+    return field(default=default, metadata={**given, **free, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The knobs of all phases; each field is a flag of the phases that it names."""
 
-    base: Path = _knob(Path(), "folder that holds the data folders", *ALL_PHASES)
-    input_dir: Path = _knob(Path("input_dicom"), "folder of the user's DICOM files", 1)
+    base: Path = _knob(ALL_PHASES, Path(), "folder that holds the data folders")
+    input_dir: Path = _knob((1,), Path("input_dicom"), "the user's DICOM files")
     decompressed_dir: Path = _knob(
-        Path("f1_descomprimidos"), "folder of the decompressed files", 1
+        (1,), Path("f1_descomprimidos"), "the decompressed files"
     )
     labelled_dir: Path = _knob(
-        Path("datos_etiquetados"), "folder with one subfolder per class", 1, 2
+        (1, 2), Path("datos_etiquetados"), "one subfolder per class"
     )
     dataset_dir: Path = _knob(
-        Path("dataset_final_vlm"), "folder of the vectors and journal", *ALL_PHASES
+        ALL_PHASES, Path("dataset_final_vlm"), "the vectors and the journal"
     )
-    model_dir: Path = _knob(Path("modelo_final_vlm"), "folder of the model", 3, 4)
+    model_dir: Path = _knob((3, 4), Path("modelo_final_vlm"), "the model")
 
     host: str = _knob(
+        VLM,
         "",
         "address of the Ollama server, or of several: A,B,C (default: OLLAMA_HOST, "
         "else http://127.0.0.1:11434)",
-        *VLM_PHASES,
     )
     any_host: bool = _knob(
-        False, "go on without the servers that the preflight refuses", *VLM_PHASES
+        VLM, False, "go on without servers that the preflight refuses"
     )
     dask: str = _knob(
+        VLM,
         "",
-        "address of a Dask scheduler whose workers ask their own OLLAMA_HOST, or "
-        "local:N for N workers here",
-        *VLM_PHASES,
+        "Dask scheduler (tcp://name:8786, tls://name:8786) whose workers ask their own "
+        "OLLAMA_HOST, or local:N for N workers here",
+        form=r"|local:[1-9]\d*|[a-z]+://\S+",
     )
-    vlm: str = _knob("llava-phi3", "vision language model that describes", *VLM_PHASES)
-    embed_model: str = _knob(
-        "nomic-embed-text", "model that turns descriptions into vectors", *VLM_PHASES
-    )
-    server_parallel: int = _knob(
-        1,
-        "the server's OLLAMA_NUM_PARALLEL: images described at once",
-        *VLM_PHASES,
-        least=1,
-    )
-    concurrency: int = _knob(
-        0,
-        "requests in flight at once to a server; 0 means --server-parallel + 1, with "
-        "--dask + 2",
-        *VLM_PHASES,
-        least=0,
-    )
-    pull: bool = _knob(False, "download missing models first", *VLM_PHASES)
-    wait: float = _knob(
-        600.0,
-        "seconds to wait for a server that stopped answering",
-        *VLM_PHASES,
-        least=0,
-        most=1e6,
-    )
-    temperature: float = _knob(
-        0.7, "sampling temperature of the VLM", *VLM_PHASES, least=0, most=100
-    )
-    num_predict: int = _knob(
-        160, "tokens that a description may have", *VLM_PHASES, least=1
-    )
-    num_ctx: int = _knob(
-        2048, "context length asked of the VLM, tokens", *VLM_PHASES, least=1
-    )
+    vlm: str = _knob(VLM, "llava-phi3", "vision language model that describes")
+    embed_model: str = _knob(VLM, "nomic-embed-text", "makes vectors of descriptions")
+    server_parallel: int = _knob(VLM, 1, "the server's OLLAMA_NUM_PARALLEL", 1)
+    concurrency: int = _knob(VLM, 0, "requests at once; 0 means --server-parallel + 1")
+    pull: bool = _knob(VLM, False, "download missing models first")
+    wait: float = _knob(VLM, 600.0, "seconds that a server may be away", most=1e6)
+    temperature: float = _knob(VLM, 0.7, "sampling temperature of the VLM", most=100)
+    num_predict: int = _knob(VLM, 160, "tokens that a description may have", 1)
+    num_ctx: int = _knob(VLM, 2048, "context length of the VLM, tokens", 1)
     keep_alive: str = _knob(
-        "30m", "how long the server keeps models: 30m, seconds, or -1", *VLM_PHASES
+        VLM,
+        "30m",
+        "how long the server keeps models: 30m, 1h30m, seconds, or -1",
+        # A duration of Go, or a number of seconds.
+        form=r"-?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|-?\d+(\.\d+)?",
     )
 
-    jobs: int = _knob(0, "worker processes; 0 means one per core", 1, least=0)
-    max_image_mb: int = _knob(
-        2048, "reject images that would decode to more megabytes than this", 1, least=1
-    )
+    jobs: int = _knob((1,), 0, "worker processes; 0 means one per core")
+    max_image_mb: int = _knob((1,), 2048, "reject images of more decoded megabytes", 1)
     item_timeout_s: float = _knob(
-        10.0,
-        "give up on a file after this many seconds, times 1 + its decoded size / 16 MB",
-        1,
-        above=0,
-        most=1e6,
+        (1,), 10.0, "seconds for a file, times 1 + its decoded size / 16 MB", 1e-3, 1e6
     )
-
     labels: tuple[Path, ...] = _knob(
-        (), "move what these lists, saved from a page, name into class folders; end", 1
+        (1,), (), "move into class folders what these lists of a page name"
     )
-    dry_run: bool = _knob(False, "only show what --labels would do", 1)
+    dry_run: bool = _knob((1,), False, "only show what --labels would do")
 
     no_sight_test: bool = _knob(
-        False, "don't test whether the server looks at the pictures", *VLM_PHASES
+        VLM, False, "don't test whether the server looks at the pictures"
     )
-    sight_test_only: bool = _knob(
-        False, "run that test alone and print every distance", *VLM_PHASES
-    )
-    descriptions: int = _knob(50, "descriptions per labelled image", 2, least=1)
+    sight_test_only: bool = _knob(VLM, False, "only test that; print every distance")
+    descriptions: int = _knob((2,), 50, "descriptions per labelled image", 1)
     generic_share: float = _knob(
-        0.2,
-        "share of the descriptions asked with the generic prompts, 0 to 1",
-        2,
-        least=0,
-        most=1,
+        (2,), 0.2, "share of them asked with the generic prompts, 0 to 1", most=1
     )
     estimate: bool = _knob(
-        False, "ask a few descriptions, print the expected duration and stop", 2
+        (2,), False, "ask a few questions, print the expected duration and stop"
     )
-    finished_only: bool = _knob(
-        False, "ask nothing: write the dataset of the images that are complete", 2
-    )
+    finished_only: bool = _knob((2,), False, "ask nothing: write what is complete")
 
     group_by: str = _knob(
+        (3,),
         "image",
         "what must not be on both sides of a split",
-        3,
         choices=("image", "detector", "station", "day", "study"),
     )
     search: str = _knob(
-        "none", "hyper-parameter search", 3, choices=("none", "short", "full")
+        (3,), "none", "hyper-parameter search", choices=("none", "short", "full")
     )
-    seed: int = _knob(0, "seed of folds and projections", 3, least=0, most=2**32 - 1)
-    folds: int = _knob(5, "folds of the cross-validation", 3, least=2)
-    kernel: str = _knob("linear", "kernel of the SVC", 3, choices=("linear", "rbf"))
-    c: float = _knob(0.01, "penalty C of the SVC", 3, above=0, most=1e9)
+    seed: int = _knob((3,), 0, "seed of folds and projections", most=2**32 - 1)
+    folds: int = _knob((3,), 5, "folds of the cross-validation", 2)
+    kernel: str = _knob((3,), "linear", "kernel of the SVC", choices=("linear", "rbf"))
+    c: float = _knob((3,), 0.01, "penalty C of the SVC", 1e-9, 1e9)
     max_error: float = _knob(
-        0.05, "share of errors aimed at among the answered images", 3, least=0, most=1
+        (3,), 0.05, "share of errors aimed at among answers", most=1
     )
     known_refused: float = _knob(
-        0.05, "share of known images that may seem new, 0 to 1", 3, least=0, most=1
+        (3,), 0.05, "share of known images that may seem new", most=1
     )
 
     inference_descriptions: int = _knob(
-        10, "generic descriptions per new image", 3, 4, flag="descriptions", least=1
+        (3, 4), 10, "generic descriptions per new image", 1, flag="descriptions"
     )
-    json: bool = _knob(False, "print one JSON object per image", 4)
-    csv: Path | None = _knob(None, "also write the results to this CSV file", 4)
-    html: Path | None = _knob(
-        None, "also write a page with the pictures to this HTML file", 4
-    )
+    json: bool = _knob((4,), False, "print one JSON object per image")
+    csv: Path | None = _knob((4,), None, "also write the results to this CSV file")
+    html: Path | None = _knob((4,), None, "also write an HTML page with the pictures")
     copy_to: Path | None = _knob(
-        None, "copy every image into a folder of its class below this one", 4
+        (4,), None, "copy every image into a folder of its class below this one"
     )
-    one_reader: bool = _knob(False, "decide by the descriptions alone", 4)
+    one_reader: bool = _knob((4,), False, "decide by the descriptions alone")
     any_modality: bool = _knob(
-        False, "don't refuse a Modality that training does not have", 4
+        (4,), False, "don't refuse a Modality that training does not have"
     )
-    ask_all: bool = _knob(
-        False, "ask all questions, also where they are not needed to decide", 4
-    )
-    force: bool = _knob(
-        False, "answer although model and server no longer match; says so", 4
-    )
+    ask_all: bool = _knob((4,), False, "ask all questions, needed or not")
+    force: bool = _knob((4,), False, "answer although model and server differ")
 
-    verbose: bool = _knob(False, "say more about every item", *ALL_PHASES)
-    quiet: bool = _knob(False, "say nothing but results and errors", *ALL_PHASES)
+    verbose: bool = _knob(ALL_PHASES, False, "say more about every item")
+    quiet: bool = _knob(ALL_PHASES, False, "say nothing but results and errors")
 
     def folder(self, name: str) -> Path:
         """The path of the folder field `name`, below the base directory."""
@@ -390,13 +322,16 @@ class Config:
 
     @property
     def in_flight(self) -> int:
-        """Bound of the semaphore: requests in flight at once."""
-        # By Dask the next question is longer on its way: one more stands in the queue.
-        return self.concurrency or self.server_parallel + (2 if self.dask else 1)
+        """Requests to a server at once: one of them stands in the server's queue."""
+        return self.concurrency or self.server_parallel + 1
 
 
-GROUPS = {"base": "folders", "host": "server and models", "jobs": "this phase"}
-GROUPS |= {"verbose": "output"}
+GROUPS = {
+    "base": "folders",
+    "host": "server",
+    "jobs": "this phase",
+    "verbose": "output",
+}
 """The field that begins each group of `--help`, and the group's title."""
 
 
@@ -408,16 +343,9 @@ def parse_config(
 ) -> tuple[Config, list[Path]]:
     """Read the flags of one phase from the command line.
 
-    Parameters
-    ----------
-    phase : int
-        1 to 4: only the fields that name this phase become flags.
-    documentation : str
-        The script's docstring, shown by ``--help``.
-    argv : sequence of str, optional
-        Arguments without the program name; the process's own by default.
-    positional : (name, help), optional
-        Accept paths under this name.
+    `documentation` is the script's docstring, shown by ``--help``; `argv`, without the
+    program's name, is the process's own by default; `positional` is the name and the
+    help of paths that are accepted, too.
 
     Returns
     -------
@@ -443,74 +371,44 @@ def parse_config(
         if knob.name in GROUPS:
             group = parser.add_argument_group(GROUPS[knob.name])
         if phase in knob.metadata["phases"]:
-            _add_flag(group, knob)
+            flag = "--" + (knob.metadata["flag"] or knob.name).replace("_", "-")
+            group.add_argument(flag, dest=knob.name, **_argument(knob))
     values = vars(parser.parse_args(argv))
     paths = values.pop("paths", [])
     return Config(**values), paths
 
 
-def _add_flag(group: Any, knob: Field[Any]) -> None:
-    flag = "--" + (knob.metadata["flag"] or knob.name).replace("_", "-")
-    help_text = knob.metadata["help"].replace("%", "%%")
-    if isinstance(knob.default, bool):
-        group.add_argument(flag, dest=knob.name, action="store_true", help=help_text)
-        return
-    default: Any = knob.default
+def _argument(knob: Field[Any]) -> dict[str, Any]:
+    """What argparse must know of a knob."""
+    default, about = knob.default, knob.metadata
+    help_text = about["help"].replace("%", "%%")
+    if isinstance(default, bool):
+        return {"action": "store_true", "help": help_text}
     shown = "" if default in (None, "", ()) else f" (default: {default})"
-    choices = knob.metadata["choices"]
-    group.add_argument(
-        flag,
-        dest=knob.name,
-        nargs="+" if default == () else None,
-        type=_reader(knob),
-        default=knob.default,
-        choices=choices,
-        metavar=None if choices else knob.name.upper(),
-        help=help_text + shown,
-    )
+    return {
+        "nargs": "+" if default == () else None,
+        "type": _reader(knob),
+        "default": default,
+        "choices": about["choices"],
+        "metavar": None if about["choices"] else knob.name.upper(),
+        "help": help_text + shown,
+    }
 
 
 def _reader(knob: Field[Any]) -> Callable[[str], Any]:
     """Turns a flag's text into its value; argparse names the flag where it can't."""
-    if knob.name == "keep_alive":
-        return _duration
-    if knob.name == "dask":
-        return _scheduler
-    if knob.default in (None, ()) or isinstance(knob.default, Path):
-        return Path
-    kind: Any = type(knob.default)
-    limits = knob.metadata["limits"]
+    kind: Any = Path if knob.default in (None, ()) else type(knob.default)
+    about = knob.metadata
 
     def read(text: str) -> Any:
         value = kind(text)
-        if "least" in limits and not value >= limits["least"]:  # NaN, too
-            raise argparse.ArgumentTypeError(f"must be at least {limits['least']:g}")
-        if "above" in limits and not value > limits["above"]:
-            raise argparse.ArgumentTypeError(f"must be above {limits['above']:g}")
-        if "most" in limits and not value <= limits["most"]:
-            raise argparse.ArgumentTypeError(f"must be at most {limits['most']:.10g}")
+        if kind in (int, float) and not about["least"] <= value <= about["most"]:
+            limits = f"{about['least']:.10g} and {about['most']:.10g}"
+            raise argparse.ArgumentTypeError(f"must be between {limits}")  # nor NaN
+        if kind is str and not re.fullmatch(about["form"], text):
+            raise argparse.ArgumentTypeError(f"{text!r} is none: {about['help']}")
         return value
 
-    read.__name__ = {"int": "whole number", "float": "number"}.get(
-        kind.__name__, kind.__name__
-    )
+    names = {int: "whole number", float: "number"}
+    read.__name__ = names.get(kind, kind.__name__)
     return read
-
-
-def _duration(text: str) -> str:
-    if not GO_DURATION.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a duration: write 30m, 1h30m, a number of seconds or -1"
-        )
-    return text
-
-
-def _scheduler(text: str) -> str:
-    if text and not re.fullmatch(
-        r"local:[1-9]\d*|(tcp|tls|ucx|wss?)://\S+|[^\s:/]+:\d+", text
-    ):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no scheduler: write tcp://name:8786, tls://name:8786 or "
-            "local:2"
-        )
-    return text

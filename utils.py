@@ -2462,97 +2462,114 @@ def work_done(servers: Sequence["VlmServer"]) -> Iterator[str]:
         yield f"{server.url}: {server.answered} answers, {each:.2f} s each"
 
 
-# Dask: its workers are ways to other Ollama servers, one task a request.
+# Dask: its workers are ways to other Ollama servers, by an actor on each of them.
 
-LOOK_S = 2.0
-"""Seconds without an answer after which it is seen whether the worker lives."""
+
+class OwnServer:
+    """On a Dask worker, as an actor: the Ollama at the worker's own OLLAMA_HOST."""
+
+    def __init__(self) -> None:
+        self._http = VlmServer(config.Config(), lambda _: None)._client._client
+
+    async def who(self) -> tuple[str, str]:
+        """The version of the program, and the server that the worker leads to."""
+        url = server_url(config.Config())
+        return config.PROGRAM_VERSION, f"{url} on {gethostname()}"
+
+    async def says(self, method: str, path: str, body: bytes) -> tuple[int, str, bytes]:
+        """Status, new location and content of the server's reply; OSError for none."""
+        kind = {"content-type": "application/json"}
+        try:
+            reply = await self._http.request(method, path, content=body, headers=kind)
+        except _server_away() as error:
+            raise OSError(_short(error)) from None
+        return reply.status_code, reply.headers.get("location", ""), reply.content
+
+
+own_server = cache(OwnServer)
+"""One for each worker: its connections stay open."""
 
 
 class DaskWay:
-    """Transport of an httpx client: Dask workers send the requests to their own server.
+    """Transport of an httpx client: a Dask worker sends the requests to its own server.
 
-    Only method, path, body and reply travel. Workers that ask the same server are one
-    way: the task of one that dies goes to another, or to it when it is started again.
+    Only method, path, body and reply travel. Where the worker dies, another one that
+    asks the same server takes its place, or itself when it is started again.
     """
 
-    def __init__(self, client: Any, name: str, workers: list[str]) -> None:
-        self._client, self.name, self.workers = client, name, workers
+    def __init__(self, client: Any, name: str, actor: Any) -> None:
+        self._client, self.name, self._actor = client, name, actor
 
     async def handle_async_request(self, request: Any) -> Any:
-        """As httpx wants it; ConnectError where no worker is left, or its server."""
+        """As httpx wants it; ConnectError where the worker is lost, or its server."""
         import httpx  # noqa: PLC0415
 
         asked = request.method, request.url.raw_path.decode(), await request.aread()
         try:
-            while not (reply := await self.run("own_server_says", *asked)):
-                alive = [*await self._client.nthreads()]
-                every = [DaskWay(self._client, "", [worker]) for worker in alive]
-                names = [(await one.run("own_server"))[1:] for one in every]
-                pairs = zip(alive, names, strict=True)
-                self.workers = [
-                    worker for worker, name in pairs if name == (self.name,)
-                ]
-                if not self.workers:
-                    raise OSError("its Dask worker left")
+            status, location, content = await self._actor.says(*asked)
         except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError):  # the actor was lost with its worker
+                await self._find_another()
             raise httpx.ConnectError(str(error)) from None
-        status, location, content = reply
         return httpx.Response(status, headers={"location": location}, content=content)
 
-    async def aclose(self) -> None:
-        """As httpx wants it; other ways share the client."""
-
-    async def run(self, function: str, *asked: object) -> tuple[Any, ...]:
-        """Run a function of this module on a worker; () where none is left."""
-
-        async def here(function: str, *asked: object) -> Any:
-            # It travels as code, since the scheduler does not have this module.
-            module = importlib.import_module("utils")
-            return await getattr(module, function)(*asked)
-
+    async def _find_another(self) -> None:
         if self._client.status == "closed":
             raise PipelineError(
                 "the Dask scheduler left: start it, then run the same command again; "
                 "every answer so far is kept"
             )
-        future = self._client.submit(
-            here, function, *asked, workers=self.workers, pure=False
-        )
-        result = asyncio.ensure_future(future.result())
+        with suppress(OSError):  # the scheduler is away, for a while
+            actors = await _own_servers(self._client, lambda _: None)
+            self._actor = actors.get(self.name, self._actor)
+
+    async def aclose(self) -> None:
+        """As httpx wants it; other ways share the client."""
+
+
+async def _own_servers(client: Any, refuse: Callable[[str], object]) -> dict[str, Any]:
+    """By their names the servers of all workers, an actor each; says who is unfit."""
+
+    def here() -> Any:
+        # It travels as code, since the scheduler does not have this module.
+        return importlib.import_module("utils").own_server()
+
+    actors, mine = {}, config.PROGRAM_VERSION
+    for worker in await client.nthreads():
+        on_it: Any = {"workers": [worker], "actor": True, "pure": False}
         try:
-            while not (await asyncio.wait({result}, timeout=LOOK_S))[0]:
-                if not {*self.workers} & {*await self._client.nthreads()}:
-                    return ()
-            dask: Any = importlib.import_module("distributed")
-            lost = dask.KilledWorker, dask.CancelledError
-            if result.cancelled() or isinstance(result.exception(), lost):
-                return ()
-            return cast(tuple[Any, ...], result.result())
-        finally:
-            result.cancel()
-            future.release()
+            async with asyncio.timeout(LOAD_S):
+                actor = await client.submit(here, **on_it)
+                program, name = await actor.who()
+            if program != mine:
+                raise ValueError(f"it has version {program}, not {mine}")
+            actors[name] = actor
+        except Exception as error:
+            refuse(
+                f"the Dask worker at {worker} can't run the program "
+                f"({type(error).__name__}: {error}): set its PYTHONPATH to the "
+                "program's folder, and use the same Python"
+            )
+    return actors
 
 
-async def own_server() -> tuple[str, str]:
-    """On a Dask worker: the version of the program, and the server it leads to."""
-    return config.PROGRAM_VERSION, f"{server_url(config.Config())} on {gethostname()}"
+async def _dask_ways(
+    cfg: config.Config, tell: Callable[[str], object], opened: AsyncExitStack
+) -> list[DaskWay]:
+    """The ways that the workers of --dask lead."""
 
+    def refuse(problem: str) -> None:
+        if not cfg.any_host:
+            raise PipelineError(f"{problem}; or go on without it: --any-host")
+        tell(f"warning: goes on without it: {problem}")
 
-async def own_server_says(
-    method: str, path: str, body: bytes
-) -> tuple[int, str, bytes]:
-    """On a Dask worker: status, new location and content of its server's reply."""
-    client, headers = _own_client(), {"content-type": "application/json"}
-    try:
-        reply = await client.request(method, path, content=body, headers=headers)
-    except _server_away() as error:
-        raise OSError(_short(error)) from None
-    return reply.status_code, reply.headers.get("location", ""), reply.content
-
-
-@cache
-def _own_client() -> Any:
-    return VlmServer(config.Config(), lambda _: None)._client._client
+    client = await _dask_client(cfg, opened)
+    actors = await _own_servers(client, refuse)
+    if not actors:
+        raise PipelineError(
+            f"no Dask worker to use: `dask worker {cfg.dask}` makes one"
+        )
+    return [DaskWay(client, name, actor) for name, actor in actors.items()]
 
 
 async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
@@ -2564,13 +2581,13 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     scheduler: Any = cfg.dask
     if cfg.dask.startswith("local:"):
-        workers = {}
-        for n in range(int(cfg.dask.removeprefix("local:"))):
-            hosts = [one.host_url for one in cfg.one_per_host()]
-            settings = {"nthreads": cfg.in_flight, "silence_logs": logging.ERROR}
-            env = {"OLLAMA_HOST": hosts[n % len(hosts)]}
-            workers[n] = {"cls": distributed.Nanny, "options": settings | {"env": env}}
-        own = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1"}}
+        hosts = [one.host_url for one in cfg.one_per_host()]
+        nanny = partial(distributed.Nanny, silence_logs=logging.ERROR)
+        count = int(cfg.dask.removeprefix("local:"))
+        each = [{"env": {"OLLAMA_HOST": hosts[n % len(hosts)]}} for n in range(count)]
+        workers = {n: {"cls": nanny, "options": one} for n, one in enumerate(each)}
+        here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+        own = {"cls": distributed.Scheduler, "options": here}
         scheduler = distributed.SpecCluster(workers, own, asynchronous=True)
         await opened.enter_async_context(scheduler)
     elif cfg.host:
@@ -2578,51 +2595,11 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
     try:
         client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
         return await opened.enter_async_context(client)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: no TLS here
         raise PipelineError(
             f"no Dask scheduler answers at {cfg.dask} ({_short(error)}): start it with "
             "`dask scheduler` or use --dask local:2"
         ) from None
-
-
-async def _dask_ways(
-    cfg: config.Config, tell: Callable[[str], object], opened: AsyncExitStack
-) -> list[DaskWay]:
-    """The ways that the workers lead."""
-    client, ways = await _dask_client(cfg, opened), dict[str, DaskWay]()
-    for worker, threads in (await client.nthreads()).items():
-        way = DaskWay(client, "", [worker])
-        if problem := await _unfit(way, threads, cfg):
-            said = f"the Dask worker at {worker}: it {problem}"
-            if not cfg.any_host:
-                raise PipelineError(
-                    f"can't use {said}; or go on without it: --any-host"
-                )
-            tell(f"warning: goes on without {said}")
-        elif way.name in ways:
-            ways[way.name].workers += [worker]
-        else:
-            ways[way.name] = way
-    if not ways:
-        raise PipelineError(
-            f"no worker to use: start one with `dask worker {cfg.dask}`"
-        )
-    return list(ways.values())
-
-
-async def _unfit(way: DaskWay, threads: int, cfg: config.Config) -> str:
-    """Why a worker can't be used, or "" and the way has its name."""
-    try:
-        program, way.name = await way.run("own_server") or ("left", "")
-    except Exception as error:
-        return (
-            f"can't run the program ({type(error).__name__}: {error}): set its "
-            "PYTHONPATH to the program's folder, and use the same Python"
-        )
-    if program != config.PROGRAM_VERSION:
-        return f"has program {program}, not {config.PROGRAM_VERSION}"
-    few = f"has too few threads: start it with --nthreads {cfg.in_flight}"
-    return few if threads < cfg.in_flight else ""
 
 
 # One server: what it has, one call, and what can go wrong with it.

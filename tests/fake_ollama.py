@@ -15,7 +15,7 @@ In a test:
         ...
         assert server.stats()["encodes"] == 1
 
-Other processes read GET /__stats and change settings with POST /__control.
+Other processes read GET /__stats.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fake_vlm
-from fake_vlm import NoImageError, Sight
+from fake_vlm import Sight
 
 Json = dict[str, Any]
 Vectors = list[list[float]]
@@ -97,7 +97,6 @@ LINE = {
 }
 STATE = {
     "digest": "from now on the called model has another digest; the answer is normal",
-    "update": "from now on the server has another version and embeds otherwise",
     "pull_offline": "a pull ends as it does without internet",
 }
 EYES = {
@@ -117,12 +116,9 @@ DECLINES = (
     " | I cannot assist with medical images."
     " | As an AI language model, I am unable to interpret radiographs."
 )
-NEXT_TURN = "<|end|>\n<|user|>\nWhat is the capital of France?<|end|>\n<|assistant|>\n"
-THOUGHT = "Let me look at the picture. It seems to be an X-ray image. "
 TEXTS: dict[str, tuple[str, bool, str]] = {
     "zero": ("", False, ""),
     "truncated": ("{half}", False, ""),
-    "half_letter": ("{text} gr\ufffd", False, ""),
     "empty": ("", True, "stop"),
     "whitespace": (" \n\n \t ", True, "stop"),
     "length": ("{half}", True, "length"),
@@ -132,8 +128,7 @@ TEXTS: dict[str, tuple[str, bool, str]] = {
     "unknown": ("<unk>" * 30, True, "stop"),
     "no_image": (NO_IMAGE, True, "stop"),
     "declines": (DECLINES, True, "stop"),
-    "next_turn": ("{text}" + NEXT_TURN + "It is Paris.", True, "stop"),
-    "thinks": ("", True, "length"),  # and a text in the field `thinking`
+    "thinks": ("", True, "length"),
 }
 """What becomes of text, done and done_reason; chance takes one of several."""
 
@@ -213,17 +208,8 @@ PACES = {
     # Costs are reported as on a GPU, but nobody sleeps.
     "instant": Pace(0.02, 8000, 150, 0.7075, 0.004, 0.0),
 }
-DECODE_S_PER_BYTE = 5e-8
-"""Decoding and hashing an image on the server, on every request, cached or not."""
-
 IMAGE_TOKENS, TEMPLATE_TOKENS = 576, 8
 """Places in the context of a LLaVA-1.5-shaped model, of one image and around it."""
-
-PROMPT_MIB = 250
-"""Memory of one saved prompt with an image, at LLaVA-Phi-3's 0.375 MiB per token."""
-
-LONG_AGO = "2020-01-01T00:00:00Z"
-"""Every time of day in an answer: nobody reads them."""
 
 VERSIONS = {"llamaserver": "0.33.0", "llamarunner": "0.24.0"}
 """Servers of today, and the last that embedded with chat models."""
@@ -245,11 +231,10 @@ class Settings:
     vram: float = 1.0  # share of each model on the GPU
     num_parallel: int = 1
     max_loaded: int = 3
-    cache_ram_mib: float = 8192
+    cache_ram_mib: float = 8192  # for prompts that no slot holds; 0 keeps none
     time_model: str = "instant"
     time_scale: float = 1.0
     load_s: float | None = None
-    mistakes: float = 0.08  # share of remarks that are made up
     faults: dict[str, float] = field(default_factory=dict)  # chance per chat or embed
     fault_seed: int = 0
     fault_s: float = 0.5  # of the faults that take time, where a rule names none
@@ -273,8 +258,6 @@ class Settings:
             new.script = [
                 Rule(**r) if isinstance(r, dict) else Rule(*r) for r in script
             ]
-        if new.era not in VERSIONS or new.time_model not in PACES:
-            raise ValueError(f"unknown era or time model: {new.era}, {new.time_model}")
         for name in [*new.faults, *(rule.fault for rule in new.script)]:
             if name not in FAULTS:
                 raise ValueError(f"unknown fault {name!r}; known: {sorted(FAULTS)}")
@@ -347,15 +330,13 @@ class Model:
         """What /api/tags says."""
         name = self.name if ":" in self.name else f"{self.name}:latest"
         about = {"name": name, "model": name, "digest": self.digest}
-        return about | {"size": 100, "modified_at": LONG_AGO, "details": self.details}
+        return about | {"size": 100, "details": self.details}
 
-    def options(self, body: Json) -> Json:
-        """The options whose change makes Ollama load the model again."""
-        given = body.get("options") or {}
-        names = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
-        num_ctx = min(given.get("num_ctx") or 4096, 2048 if self.embeds else 4096)
-        least = 2048 if "vision" in self.able else 1
-        return {n: given.get(n) for n in names} | {"num_ctx": max(num_ctx, least)}
+    def num_ctx(self, body: Json) -> int:
+        """The context length; Ollama loads the model again when it changes."""
+        asked = int((body.get("options") or {}).get("num_ctx") or 4096)
+        asked = min(asked, 2048 if self.embeds else 4096)
+        return max(asked, 2048 if "vision" in self.able else 1)
 
 
 def keeps(value: Any) -> bool:
@@ -377,15 +358,14 @@ class Slot:
 
 
 class Runner:
-    """One loaded model: its options, slots, caches and FIFO gate."""
+    """One loaded model: its context length, slots, caches and FIFO gate."""
 
-    def __init__(self, model: Model, options: Json, settings: Settings) -> None:
-        self.model, self.options, self.settings = model, options, settings
+    def __init__(self, model: Model, num_ctx: int, settings: Settings) -> None:
+        self.model, self.num_ctx, self.settings = model, num_ctx, settings
         count = 1 if model.embeds else settings.num_parallel
         self.slots = [Slot(number) for number in range(count)]
         self.gate = asyncio.Semaphore(count)
-        self.saved: list[str] = []  # images of prompts kept in RAM, oldest first
-        self.encoded: list[str] = []  # the last four images, on old servers
+        self.saved: set[str] = set()  # images of prompts kept in RAM
         self.tick = 0
 
     @contextmanager
@@ -403,19 +383,11 @@ class Runner:
 
     def fetch(self, slot: Slot, image: str) -> tuple[float, float]:
         """Put an image into a slot: seconds of encoding and of reading its tokens."""
-        pace, read_s = self.settings.pace, IMAGE_TOKENS / self.settings.pace.prompt_rate
-        held, slot.image = slot.image, image
-        if held == image:
-            return 0.0, 0.0
-        if self.model.old:
-            known = image in self.encoded
-            self.encoded = [image, *(i for i in self.encoded if i != image)][:4]
-            return (0.0 if known else pace.clip_s), read_s
-        restored = image in self.saved
-        room = int(self.settings.cache_ram_mib / PROMPT_MIB)
-        saved = [i for i in self.saved if i not in (image, held)] + [held] * bool(held)
-        self.saved = saved[max(0, len(saved) - room) :]
-        return (0.0, 0.0) if restored else (pace.clip_s, read_s)
+        pace, held, slot.image = self.settings.pace, slot.image, image
+        known = image == held or image in self.saved
+        self.saved |= {held} if self.settings.cache_ram_mib else set()
+        self.saved -= {image}
+        return (0.0, 0.0) if known else (pace.clip_s, IMAGE_TOKENS / pace.prompt_rate)
 
 
 class Memory:
@@ -428,30 +400,26 @@ class Memory:
 
     @asynccontextmanager
     async def runner(self, model: Model, body: Json) -> AsyncIterator[Runner]:
-        """A runner with the options of this request, for as long as it takes."""
-        kept, options = keeps(body.get("keep_alive")), model.options(body)
-        if not self._fits(model, options):
-            async with self.loading:
-                if not self._fits(model, options):
-                    await self._load(model, options)
-        runner = self.runners[model.name] = self.runners.pop(model.name)
+        """A runner with the context length of this request, for as long as it takes."""
+        kept, num_ctx = keeps(body.get("keep_alive")), model.num_ctx(body)
+        async with self.loading:
+            runner = self.runners.pop(model.name, None)
+            if runner is None or runner.num_ctx != num_ctx:
+                self.counters.reloads += runner is not None
+                runner = await self._load(model, num_ctx)
+            self.runners[model.name] = runner
         yield runner
         if not kept:
             self.runners.pop(model.name, None)
 
-    def _fits(self, model: Model, options: Json) -> bool:
-        runner = self.runners.get(model.name)
-        return runner is not None and runner.options == options
-
-    async def _load(self, model: Model, options: Json) -> None:
-        self.counters.reloads += self.runners.pop(model.name, None) is not None
+    async def _load(self, model: Model, num_ctx: int) -> Runner:
         while len(self.runners) >= self.settings.max_loaded:
             self.runners.pop(next(iter(self.runners)))
         own = self.settings.load_s
         load_s = self.settings.pace.load_s if own is None else own
         await asyncio.sleep(load_s * self.settings.time_scale)
         self.counters.loads += 1
-        self.runners[model.name] = Runner(model, options, self.settings)
+        return Runner(model, num_ctx, self.settings)
 
 
 # --- One call -------------------------------------------------------------------------
@@ -473,7 +441,7 @@ class Eyes:
             self.sights[name] = loop.run_in_executor(None, fake_vlm.look, data)
         try:
             await asyncio.shield(self.sights[name])
-        except NoImageError as problem:
+        except (OSError, SyntaxError, ValueError) as problem:  # no picture
             raise HttpError(*BAD_IMAGE) from problem
         return name
 
@@ -503,7 +471,6 @@ def count_tokens(text: str) -> int:
 class Call:
     """One request, and what is known of its answer."""
 
-    method: str
     path: str
     head: str
     payload: bytes
@@ -511,7 +478,6 @@ class Call:
     fault: str = ""
     fault_s: float = 0.0
     costs: dict[str, float] = field(default_factory=dict)  # seconds, by reported name
-    hidden_s: float = 0.0  # what an answer costs without reporting it
     row: Json = field(default_factory=dict)  # of Counters.asked
     began: float = field(default_factory=time.monotonic)
 
@@ -529,30 +495,24 @@ class Call:
         defaults = {"seed": -1, "temperature": 0.8, "num_predict": -1}
         return defaults | (self.body.get("options") or {})
 
-    def times(self, scale: float) -> dict[str, int]:
-        """Nanoseconds of a machine that needs `scale` times as long as it would."""
-        elapsed = (time.monotonic() - self.began) / scale
-        total = max(elapsed, sum(self.costs.values()))
-        times = {"total_duration": total, **self.costs}
-        return {name: int(s * 1e9) for name, s in times.items() if s >= 1e-9}
+    def times(self) -> dict[str, int]:
+        """Nanoseconds, by reported name."""
+        return {name: int(s * 1e9) for name, s in self.costs.items()}
 
     def said(self, text: str, **more: Any) -> Json:
         """The answer of a chat; `more` adds fields."""
         message = {"role": "assistant", "content": text}
-        if self.fault == "thinks":
-            message["thinking"] = THOUGHT * 9
         name = "" if self.fault == "zero" else self.body["model"]
-        about = {"model": name, "created_at": LONG_AGO}
-        return about | {"message": message, "done": True} | more
+        return {"model": name, "message": message, "done": True} | more
 
 
 async def read_call(reader: asyncio.StreamReader) -> Call:
     """The next request of a connection; IncompleteReadError if there is none."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    method, path = head.split(" ", 2)[:2]
+    path = head.split(" ", 2)[1].partition("?")[0]
     size = re.search(r"\r\ncontent-length:\s*(\d+)", head, re.IGNORECASE)
     payload = await reader.readexactly(int(size[1]) if size else 0)
-    return Call(method, path.partition("?")[0], head, payload)
+    return Call(path, head, payload)
 
 
 async def send(
@@ -593,24 +553,13 @@ class Server:
         self.writers: set[asyncio.StreamWriter] = set()
         self.listener: asyncio.Server | None = None
         self.fault_calls = 0
-        self.endpoints: dict[str, Callable[[Call], Coroutine[Any, Any, Any]]] = {
-            "GET /api/version": self._version,
-            "GET /api/tags": self._tags,
-            "GET /api/ps": self._ps,
-            "POST /api/show": self._show,
-            "POST /api/pull": self._pull,
-            "POST /api/chat": self._chat,
-            "POST /api/embed": self._embed,
-            "GET /__stats": self.stats,
-            "POST /__control": self._control,
-        }
 
     # -- connections
 
     async def listen(self) -> None:
         await self.eyes.look(b"")
         for model in (Model(name, self.settings) for name in self.settings.resident):
-            runner = Runner(model, model.options({}), self.settings)
+            runner = Runner(model, model.num_ctx({}), self.settings)
             self.memory.runners[model.name] = runner
         if not (self.listener and self.listener.is_serving()):
             self.listener = await asyncio.start_server(
@@ -671,18 +620,19 @@ class Server:
             count.last_s[call.path] = time.monotonic() - count.started
 
     async def _routed(self, call: Call) -> Any:
-        endpoint = self.endpoints.get(f"{call.method} {call.path}")
+        if call.path == "/__stats":
+            return self.counters.as_json()
+        endpoint = getattr(self, call.path.strip("/").replace("/", "_"), None)
         if endpoint is None:
             raise HttpError(*ERRORS["plain_404"])
         call.body = json.loads(call.payload or b"{}")
-        if call.path.startswith("/api"):
-            if f"{self.settings.authorization}\r\n".lower() not in call.head.lower():
-                raise HttpError(*ERRORS["unauthorized"])
-            self.bodies.append((call.path, without_images(call.body)))
-            self._draw_fault(call)
-            if call.fault:
-                self.counters.faults[call.fault] += 1
-                await self._act_out(call)
+        if f"{self.settings.authorization}\r\n".lower() not in call.head.lower():
+            raise HttpError(*ERRORS["unauthorized"])
+        self.bodies.append((call.path, without_images(call.body)))
+        self._draw_fault(call)
+        if call.fault:
+            self.counters.faults[call.fault] += 1
+            await self._act_out(call)
         return await endpoint(call)
 
     # -- faults
@@ -710,19 +660,15 @@ class Server:
             self.memory.runners.pop(name, None)
         elif fault == "digest":
             self.settings.digests[name] = digest_of(f"{name}/{time.monotonic_ns()}")
-        elif fault == "update":
-            self.settings.version, self.settings.other_engine = "0.99.0-fake", True
         if fault in ERRORS:
             raise HttpError(*ERRORS[fault])
-        if fault in LINE:
-            await self._break_line(fault, call.fault_s)
-
-    async def _break_line(self, fault: str, seconds: float) -> None:
+        usual = self.settings.fault_s
         if fault == "refuse":
-            self.refuse(seconds or self.settings.fault_s)
+            self.refuse(call.fault_s or usual)
         if fault in ("hang", "slow"):
-            usual = math.inf if fault == "hang" else self.settings.fault_s
-            await asyncio.sleep(seconds or usual)
+            await asyncio.sleep(
+                call.fault_s or (math.inf if fault == "hang" else usual)
+            )
         if fault in ("hang", "drop", "refuse"):
             raise ConnectionError
 
@@ -737,27 +683,27 @@ class Server:
         tag = ":latest" * (call.path == "/api/show" and ":" not in name)
         raise HttpError(404, f"model '{name}{tag}' not found")
 
-    async def _version(self, _: Call) -> Json:
+    async def api_version(self, _: Call) -> Json:
         usual = f"{VERSIONS[self.settings.era]}-fake"
         return {"version": self.settings.version or usual}
 
-    async def _tags(self, _: Call) -> Json:
+    async def api_tags(self, _: Call) -> Json:
         names = self.settings.models
         return {"models": [Model(name, self.settings).listed() for name in names]}
 
-    async def _ps(self, _: Call) -> Json:
+    async def api_ps(self, _: Call) -> Json:
         running = []
         for runner in self.memory.runners.values():
             facts = runner.model.listed()
             in_vram = {"size_vram": int(100 * self.settings.vram)}
-            running.append({**facts, **in_vram, "expires_at": LONG_AGO})
+            running.append({**facts, **in_vram})
         return {"models": running}
 
-    async def _show(self, call: Call) -> Json:
+    async def api_show(self, call: Call) -> Json:
         model = self.model(call)
         return {"details": model.details, "model_info": {}, "capabilities": model.able}
 
-    async def _pull(self, call: Call) -> bytes:
+    async def api_pull(self, call: Call) -> bytes:
         """All steps at once, one a line; an error is a line, too."""
         name, layer = str(call.body.get("model")), {"status": "pulling", "total": 10**6}
         steps: list[Json] = [{"status": "pulling manifest"}]
@@ -772,12 +718,8 @@ class Server:
             self.settings.models = tuple({*self.settings.models, name})
         return b"".join(json.dumps(step).encode() + b"\n" for step in steps)
 
-    async def stats(self, _: Call | None = None) -> Json:
+    async def stats(self) -> Json:
         return self.counters.as_json()
-
-    async def _control(self, call: Call) -> Json:
-        await self.set_up(call.body)
-        return {"ok": True}
 
     async def set_up(self, values: Json) -> None:
         """Change settings; `reset_stats` forgets the counters."""
@@ -788,9 +730,10 @@ class Server:
 
     # -- chat
 
-    async def _chat(self, call: Call) -> Json:
+    async def api_chat(self, call: Call) -> Json:
         model, count, scale = self.model(call), self.counters, self.settings.sleep_scale
-        refuse_chat(call.body, model)
+        if model.embeds:
+            raise HttpError(400, f'"{model.name}" does not support chat')
         data = b"".join(map(base64.b64decode, call.message.get("images") or []))
         image, seed = await self.eyes.look(data), call.options["seed"]
         row = {"model": model.name, "image": image, "prompt": call.prompt, "seed": seed}
@@ -800,35 +743,28 @@ class Server:
             row["asked"] += 1
             count.questions_s = count.questions_s or [call.began - count.started]
         async with self.memory.runner(model, call.body) as runner:
-            load_s = time.monotonic() - call.began
             if not call.prompt:
                 kept = keeps(call.body.get("keep_alive"))
                 return call.said("", done_reason="load" if kept else "unload")
             async with runner.gate:
                 with count.slot(), runner.slot_for(image) as slot:
-                    tokens = self._read(call, runner, slot, image, len(data))
+                    tokens = self._read(call, runner, slot, image)
                     answer = self._say(call, runner, slot, image, tokens)
-                    work_s = sum(call.costs.values()) + call.hidden_s
-                    await asyncio.sleep(work_s * scale)
-        call.costs["load_duration"] = load_s
+                    await asyncio.sleep(sum(call.costs.values()) * scale)
         if image:
             count.questions_s[1:] = [time.monotonic() - count.started]
             call.row = {} if call.fault in TEXTS else row
-        return answer | call.times(scale or 1) if answer["done"] else answer
+        return answer | call.times() if answer["done"] else answer
 
-    def _read(
-        self, call: Call, runner: Runner, slot: Slot, image: str, size: int
-    ) -> int:
+    def _read(self, call: Call, runner: Runner, slot: Slot, image: str) -> int:
         """Count what of the prompt the slot doesn't hold yet; the tokens of it all."""
-        tokens = TEMPLATE_TOKENS + count_tokens(call.prompt)
-        read_s, clip_s = tokens / self.settings.pace.prompt_rate, 0.0
+        tokens, clip_s = TEMPLATE_TOKENS + count_tokens(call.prompt), 0.0
+        read_s = tokens / self.settings.pace.prompt_rate
         if image:
             clip_s, image_s = runner.fetch(slot, image)
             self.counters.encodes += clip_s > 0
             tokens, read_s = tokens + IMAGE_TOKENS, read_s + image_s
-        # Old servers count the encoding in no field but the total.
-        call.hidden_s = size * DECODE_S_PER_BYTE + clip_s * runner.model.old
-        call.costs["prompt_eval_duration"] = read_s + clip_s * (not runner.model.old)
+        call.costs["prompt_eval_duration"] = read_s + clip_s
         return tokens
 
     def _say(
@@ -836,11 +772,11 @@ class Server:
     ) -> Json:
         if "thinking" in runner.model.able and call.body.get("think") is not False:
             call.fault = "thinks"
-        limit, wanted = runner.options["num_ctx"] - tokens, call.options["num_predict"]
+        limit, wanted = runner.num_ctx - tokens, call.options["num_predict"]
         limit = limit if wanted < 0 else min(limit, wanted)
         seen = self.eyes.described(image, call.fault, slot.number) if image else ""
         sight = self.eyes.sights[seen].result()
-        text, done, reason = spoken(call, seen, sight, self.settings.mistakes, limit)
+        text, done, reason = spoken(call, seen, sight, limit)
         count = min(limit, count_tokens(text) + 1)
         rate = self.settings.pace.rate(self.counters.slots_busy)
         call.costs["eval_duration"] = count / rate
@@ -852,34 +788,26 @@ class Server:
 
     # -- embeddings
 
-    async def _embed(self, call: Call) -> Json:
+    async def api_embed(self, call: Call) -> Json:
         model, given = self.model(call), call.body.get("input") or []
         texts = [given] if isinstance(given, str) else given
         async with self.memory.runner(model, call.body) as runner:
-            call.costs["load_duration"] = time.monotonic() - call.began
             if texts and not model.embeds and not model.old:
                 raise HttpError(*ERRORS["embed_refused"])
-            counts = [await self._take_in(call, runner, text) for text in texts]
+            counts = [await self._take_in(runner, text) for text in texts]
         cased = self.settings.other_engine
         vectors = [fake_vlm.embed(text, model.dims, cased) for text in texts]
         vectors = VECTORS.get(call.fault, list)(vectors)
         answer = {"model": call.body["model"], "embeddings": vectors}
-        return answer | {"prompt_eval_count": sum(counts)} | call.times(1)
+        return answer | {"prompt_eval_count": sum(counts)}
 
-    async def _take_in(self, call: Call, runner: Runner, text: str) -> int:
+    async def _take_in(self, runner: Runner, text: str) -> int:
         """Take the time for one text; how many tokens of it were read."""
-        tokens, room = count_tokens(text) + 2, int(runner.options["num_ctx"])
-        if tokens > room and (runner.model.old or not call.body.get("truncate", True)):
-            raise HttpError(400, "the input length exceeds the context length")
-        if room < 3:
-            raise HttpError(
-                400, "input after truncation exceeds maximum context length"
-            )
         async with runner.gate:
             with self.counters.slot():
                 seconds = self.settings.pace.embed_s * self.settings.sleep_scale
                 await asyncio.sleep(seconds)
-        return min(tokens, room)
+        return min(count_tokens(text) + 2, runner.num_ctx)
 
 
 def without_images(body: Json) -> Json:
@@ -888,18 +816,7 @@ def without_images(body: Json) -> Json:
     return {**body, "messages": texts} if texts else body
 
 
-def refuse_chat(body: Json, model: Model) -> None:
-    if body.get("stream", True):
-        raise HttpError(400, "this stand-in does not stream")
-    if body.get("think") and "thinking" not in model.able:
-        raise HttpError(400, f'"{model.name}" does not support thinking')
-    if model.embeds:
-        raise HttpError(400, f'"{model.name}" does not support chat')
-
-
-def spoken(
-    call: Call, seen: str, sight: Sight, mistakes: float, limit: int
-) -> tuple[str, bool, str]:
+def spoken(call: Call, seen: str, sight: Sight, limit: int) -> tuple[str, bool, str]:
     """What is said, cut to so many tokens; whether it ends properly, and why.
 
     Chance depends on the question alone; when cold, not on the seed.
@@ -907,7 +824,7 @@ def spoken(
     seed, temperature = call.options["seed"], float(call.options["temperature"])
     varied = f"{seed}/{temperature}" if temperature > 0 else "cold"
     dice = random.Random(f"{seen}/{call.prompt}/{varied}")
-    text = fake_vlm.describe(sight, call.prompt, dice, mistakes)
+    text = fake_vlm.describe(sight, call.prompt, dice)
     words = text.split(" ")
     half = " ".join(words[: max(1, len(words) // 2)])
     form, done, reason = TEXTS.get(call.fault, ("{text}", True, "stop"))

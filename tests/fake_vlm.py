@@ -70,17 +70,10 @@ def blank() -> bytes:
     return data.getvalue()
 
 
-class NoImageError(ValueError):
-    """These bytes are no picture that can be read."""
-
-
 def decode(data: bytes) -> Floats:
     """Grey levels of a picture, its longer side brought to SIDE."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            grey = image.convert("L")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise NoImageError(str(error)) from error
+    with Image.open(io.BytesIO(data)) as image:
+        grey = image.convert("L")
     scale = SIDE / max(grey.size)
     size = (max(24, round(grey.width * scale)), max(24, round(grey.height * scale)))
     return np.asarray(grey.resize(size, Image.Resampling.BOX), np.float32)
@@ -320,14 +313,6 @@ def shape_strengths(s: Sight) -> dict[str, float]:
     }
 
 
-def blanks(s: Sight) -> dict[str, str]:
-    """Words for the blanks in the wordings."""
-    return {
-        "level": ("dark", "medium grey", "bright")[(s.mean > 85) + (s.mean > 170)],
-        "axis": s.longest.axis,
-    }
-
-
 @lru_cache(maxsize=4096)
 def asked_aspects(prompt: str) -> frozenset[str]:
     def asks(stems: str) -> bool:
@@ -337,7 +322,7 @@ def asked_aspects(prompt: str) -> frozenset[str]:
     return frozenset(name for name, stems in ASPECTS.items() if asks(stems))
 
 
-def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) -> str:
+def describe(sight: Sight, prompt: str, dice: random.Random) -> str:
     """A few sentences about the picture: partial, varied and sometimes wrong.
 
     A drawing is plain to see: the same is said of it whatever the seed, in words that
@@ -350,7 +335,10 @@ def describe(sight: Sight, prompt: str, dice: random.Random, mistakes: float) ->
         weight = strength * (2.5 if key.partition(" ")[0] in aspects else 1)
         return float(dice.random() ** (1 / (weight**1.5 + 1e-4)))
 
-    lots, words, order = strengths(sight), blanks(sight), dice
+    lots, order = strengths(sight), dice
+    level = ("dark", "medium grey", "bright")[(sight.mean > 85) + (sight.mean > 170)]
+    words = {"level": level, "axis": sight.longest.axis}
+    mistakes = 0.08  # share of remarks that are made up
     if sight.drawn:
         dice, mistakes = random.Random(prompt), 0
     else:

@@ -62,6 +62,8 @@ def test_a_flag_of_another_phase_is_refused(capsys: pytest.CaptureFixture[str]) 
         (2, "--generic-share", "nan"),
         (2, "--server-parallel", "0"),
         (2, "--keep-alive", "for ever"),
+        (2, "--dask", "local:0"),
+        (2, "--dask", "somewhere"),
         (3, "--c", "inf"),
         (3, "--seed", "5000000000"),
         (3, "--folds", "1"),
@@ -90,6 +92,11 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         parse(3, "--version")
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip() == config.PROGRAM_VERSION
+
+
+@pytest.mark.parametrize("value", ["", "local:2", "tcp://a:8786", "tls://a:8786"])
+def test_every_form_of_scheduler_is_taken(value: str) -> None:
+    assert parse(4, "--dask", value).dask == value
 
 
 def test_requests_in_flight_follow_the_servers_slots() -> None:

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import ollama
 import pytest
-from fake_ollama import EYES, PACES, TEXTS, VECTORS, FakeOllama
+from fake_ollama import PACES, TEXTS, VECTORS, FakeOllama
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -37,7 +37,7 @@ def edge(degrees: float = 5.0) -> bytes:
     return png(np.where(np.tan(np.radians(degrees)) * Y < X, 220, 30) + noise)
 
 
-DISC, BARS = png(np.where(np.hypot(X, Y) < 84, 220, 30)), png(X // 24 % 2 * 170 + 60)
+DISC = png(np.where(np.hypot(X, Y) < 84, 220, 30))
 OPEN: dict[str, ollama.Client] = {}
 
 
@@ -75,7 +75,7 @@ def test_a_preflight_and_a_question_have_all_the_fields(fake: FakeOllama) -> Non
     assert httpx.get(f"{fake.url}/api/version").json() == {"version": "0.33.0-fake"}
     assert (reply.done, reply.done_reason, reply.eval_count) == (True, "length", 5)
     assert (reply.prompt_eval_count or 0) > 576
-    assert all((reply.eval_duration, reply.prompt_eval_duration, reply.total_duration))
+    assert all((reply.eval_duration, reply.prompt_eval_duration))
 
 
 def test_an_empty_chat_loads_and_unloads(fake: FakeOllama) -> None:
@@ -85,18 +85,15 @@ def test_an_empty_chat_loads_and_unloads(fake: FakeOllama) -> None:
         assert len(client.ps().models) == loaded
 
 
-FEW: dict[str, Any] = {"options": {"num_ctx": 1}}
 REFUSED: list[tuple[Callable[[ollama.Client], Any], int, str]] = [
     (lambda c: c.chat("no"), 404, "model 'no' not found"),
     (lambda c: c.show("no"), 404, "model 'no:latest' not found"),
     (lambda c: c.embed("no", "x"), 404, 'model "no" not found, try pulling'),
     (lambda c: list(c.pull("no", stream=True)), -1, "file does not exist"),
     (lambda c: c.chat("demo-embed"), 400, '"demo-embed" does not support chat'),
-    (lambda c: c.chat("demo-vlm", think=True), 400, "not support thinking"),
     (lambda c: c.chat("demo-vlm", keep_alive="300"), 400, "time: missing unit in"),
     (lambda c: c.embed("demo-embed", "x", keep_alive="-1"), 400, "missing unit"),
     (lambda c: c.embed("demo-vlm", "x"), 501, "does not support embeddings"),
-    (lambda c: c.embed("demo-embed", "x", **FEW), 400, "input after truncation"),
     (lambda c: ask(c, b"no picture"), 400, '{"error": {"code": 400, "message"'),
 ]
 
@@ -129,7 +126,6 @@ def test_a_model_that_can_think_does_so_unless_told_not_to() -> None:
         spoken = client_of(fake).chat("demo-vlm", message, think=False)
         sent = fake.bodies("/api/chat")[1]
     assert (silent.message.content, silent.done_reason) == ("", "length")
-    assert silent.message.thinking
     assert spoken.message.content
     assert (sent["messages"], sent["think"]) == ([PROMPT], False)
 
@@ -137,7 +133,7 @@ def test_a_model_that_can_think_does_so_unless_told_not_to() -> None:
 # --- Slots, caches, time --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ram", "encodes"), [(8192, 3), (300, 9), (0, 9)])
+@pytest.mark.parametrize(("ram", "encodes"), [(8192, 3), (0, 9)])
 def test_round_robin_needs_the_ram_cache(ram: float, encodes: int) -> None:
     with FakeOllama(cache_ram_mib=ram) as fake:
         for image in [edge(2), edge(4), edge(6)] * 3:
@@ -145,25 +141,16 @@ def test_round_robin_needs_the_ram_cache(ram: float, encodes: int) -> None:
         assert fake.stats()["encodes"] == encodes
 
 
-def test_old_servers_remember_four_encodings_and_embed_with_the_vlm() -> None:
-    images = [edge(degrees) for degrees in range(5)]
+def test_old_servers_embed_with_the_vlm() -> None:
     with FakeOllama(era="llamarunner") as fake:
-        client = client_of(fake)
-        for image in [*images[:4], *images[:4], images[4], images[0]]:
-            ask(client, image)
-        assert fake.stats()["encodes"] == 6
-        assert len(client.embed("demo-vlm", ["a", "b"]).embeddings) == 2
-        with pytest.raises(ollama.ResponseError, match="input length exceeds"):
-            client.embed("demo-embed", "a b c", options={"num_ctx": 4})
+        assert client_of(fake).embed("demo-vlm", "a").embeddings
 
 
-@pytest.mark.parametrize(("era", "counted"), [("llamaserver", 1), ("llamarunner", 0)])
-def test_old_servers_report_no_time_for_the_encoding(era: str, counted: int) -> None:
-    with FakeOllama(era=era, time_model="cpu", time_scale=0.01, load_s=0) as fake:
+def test_an_image_that_is_known_takes_less_time() -> None:
+    with FakeOllama(time_model="cpu", time_scale=0.01, load_s=0) as fake:
         cold, warm = (ask(client_of(fake), num_predict=15) for _ in "ab")
     read_s = ((cold.prompt_eval_duration or 0) - (warm.prompt_eval_duration or 0)) / 1e9
-    assert read_s == pytest.approx(576 / 60 + 3 * counted, abs=0.01)
-    assert (cold.total_duration or 0) / 1e9 > 576 / 60 + 3 + 1
+    assert read_s == pytest.approx(576 / 60 + 3, abs=0.01)
 
 
 def test_slots_share_the_machine_and_encode_an_image_each() -> None:
@@ -182,12 +169,6 @@ def test_other_runner_options_reload(fake: FakeOllama) -> None:
     assert (fake.stats()["loads"], fake.stats()["reloads"]) == (2, 1)
 
 
-def test_models_of_other_programs_take_room() -> None:
-    with FakeOllama(resident=("bge", "other"), max_loaded=2, vram=0.5) as fake:
-        ask(client_of(fake))
-        assert [model.size_vram for model in client_of(fake).ps().models] == [50, 50]
-
-
 @pytest.mark.parametrize(("pace", "loads"), [("instant", 0), ("cpu", 1)])
 def test_a_client_that_leaves_ends_load_and_answer(pace: str, loads: int) -> None:
     with FakeOllama(time_model=pace, load_s=0 if loads else 60) as fake:
@@ -195,8 +176,7 @@ def test_a_client_that_leaves_ends_load_and_answer(pace: str, loads: int) -> Non
             ask(client_of(fake, timeout=0.5))
         time.sleep(0.3)
         stats = fake.stats()
-        busy = stats["in_flight"], stats["slots_busy"]
-        assert (*busy, stats["loads"]) == (0, 0, loads)
+        assert [stats[n] for n in ("in_flight", "slots_busy", "loads")] == [0, 0, loads]
 
 
 # --- Faults ---------------------------------------------------------------------------
@@ -248,22 +228,24 @@ def test_a_broken_list_of_vectors_differs_from_a_good_one(fault: str) -> None:
     assert json.dumps(bad) != json.dumps(good)
 
 
-def test_updates_and_digests_change_what_they_should(fake: FakeOllama) -> None:
-    def now() -> tuple[NDArray[Any], list[str], str]:
+def test_another_engine_moves_vectors_and_a_new_digest_moves_none(
+    fake: FakeOllama,
+) -> None:
+    def now() -> tuple[NDArray[Any], list[str]]:
         texts = [config.PROBE_SENTENCE, "a round disc"]
         vectors = client_of(fake).embed("demo-embed", texts).embeddings
-        version = httpx.get(f"{fake.url}/api/version").text
-        tags = httpx.get(f"{fake.url}/api/tags").json()["models"]
-        return np.array(vectors), [model["digest"] for model in tags], version
+        digests = [str(model.digest) for model in client_of(fake).list().models]
+        return np.array(vectors), digests
 
-    fake.control(script=[("/api/embed", 2, "update"), ("/api/chat", 1, "digest")])
-    before, after = now(), now()
+    fake.control(script=[("/api/chat", 1, "digest")])
+    before = now()
+    ask(client_of(fake))
+    fake.control(other_engine=True)
+    after = now()
     probe, small = (before[0] * after[0]).sum(axis=1)
     assert 0.8 < probe < 0.99
     assert small == pytest.approx(1)
-    assert (before[1] == after[1], before[2] == after[2]) == (True, False)
-    ask(client_of(fake))
-    assert [a == b for a, b in zip(after[1], now()[1], strict=True)] == [False, True]
+    assert [a == b for a, b in zip(before[1], after[1], strict=True)] == [False, True]
 
 
 def test_faults_by_chance_are_seeded_and_misspelt_ones_refused() -> None:
@@ -301,40 +283,10 @@ def test_texts_depend_on_the_question_alone(fake: FakeOllama) -> None:
     assert not any(name in words for name in ("fdt", "mtf", "tor ", "leeds"))
 
 
-def told_apart(client: ollama.Client, seed: int) -> int:
-    """Of six answers about two drawings, those nearest to others about their own."""
-    texts: list[list[str]] = [[], []]
-    for number, prompt in enumerate(config.GENERIC_PROMPTS[:3]):
-        for which, image in enumerate((DISC, BARS)):
-            reply = ask(client, image, prompt, seed=9 * seed + 2 * number + which)
-            texts[which].append(reply.message.content or "")
-    own, other = np.array([[fake_vlm.embed(t, 256) for t in row] for row in texts])
-    right = 0
-    for mine, theirs in ((own, other), (other, own)):
-        for at, vector in enumerate(mine):
-            means = np.delete(mine, at, axis=0).mean(axis=0), theirs.mean(axis=0)
-            near, far = (vector @ mean / np.linalg.norm(mean) for mean in means)
-            right += near > far
-    return right
-
-
-def test_two_drawings_are_told_apart_but_not_by_who_does_not_see() -> None:
-    for fault in ("", *EYES):
-        with FakeOllama(faults={fault: 1.0} if fault else {}) as fake:
-            counts = {told_apart(client_of(fake), seed) for seed in range(4)}
-        assert (counts == {6}) == (not fault), fault
-        if fault not in ("", "former"):  # which, later on, tells them apart crosswise
-            assert max(counts) < 5, fault
-
-
 def test_the_command_serves_another_process(tmp_path: Path) -> None:
     ready = tmp_path / "url"
-    command = [
-        sys.executable,
-        fake_ollama.__file__,
-        "--port=0",
-        f"--ready-file={ready}",
-    ]
+    command = [sys.executable, fake_ollama.__file__, "--port=0"]
+    command += ["--ready-file", str(ready)]
     settings = ["num_parallel=2", 'digests={"demo-vlm": "abc"}']
     with subprocess.Popen([*command, *settings], stdout=subprocess.PIPE) as process:
         assert process.stdout
@@ -342,9 +294,7 @@ def test_the_command_serves_another_process(tmp_path: Path) -> None:
         while not ready.exists() or not ready.read_text():
             time.sleep(0.02)
         url = ready.read_text()
-        assert "abc" in httpx.get(f"{url}/api/tags").text
-        change = {"faults": {"busy": 1.0}, "reset_stats": True}
-        assert httpx.post(f"{url}/__control", json=change).json() == {"ok": True}
-        assert httpx.post(f"{url}/__control", json={"no": 1}).status_code == 400
-        assert "/api/tags" not in httpx.get(f"{url}/__stats").json()["requests"]
+        tags, stats = httpx.get(f"{url}/api/tags"), httpx.get(f"{url}/__stats").json()
         process.terminate()
+    assert "abc" in tags.text
+    assert stats["requests"]["/api/tags"] == 1

@@ -4,21 +4,24 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
 import distributed
+import httpx
 import phantoms
 import psutil
 import pytest
-from conftest import LabelFolder, server_flags
+from conftest import server_flags
 from fake_ollama import FakeOllama
 
 import config
@@ -31,14 +34,8 @@ from config import Config
 ROOT = Path(__file__).resolve().parents[1]
 ARRAYS = (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS)
 SLOW: dict[str, Any] = {"time_model": "gpu", "time_scale": 0.02, "load_s": 0.0}
-PER_IMAGE = 5
-
-
-@pytest.fixture
-def three() -> Iterator[list[FakeOllama]]:
-    """Stand-ins that take some 20 ms an answer, so that each gets an image."""
-    with ExitStack() as opened:
-        yield [opened.enter_context(FakeOllama(**SLOW)) for _ in range(3)]
+PER_IMAGE, PER_CLASS = 5, 3
+QUESTIONS = PER_IMAGE * PER_CLASS * len(phantoms.LABELS)
 
 
 def flags(*servers: FakeOllama) -> list[str]:
@@ -58,10 +55,11 @@ def arrays(base: Path) -> list[bytes]:
     return [(base / "dataset_final_vlm" / name).read_bytes() for name in ARRAYS]
 
 
-def asked_of(server: FakeOllama) -> list[tuple[str, int]]:
+def asked_of(*servers: FakeOllama) -> list[tuple[str, int]]:
     """Every question that came, with its seed; the sight test's are random."""
     return [
         (one["image"], one["seed"])
+        for server in servers
         for one in server.stats()["asked"]
         if one["prompt"]
         for _ in range(one["asked"])
@@ -69,11 +67,41 @@ def asked_of(server: FakeOllama) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def expected(fake: FakeOllama, labelled: LabelFolder, tmp_path: Path) -> list[bytes]:
+def three() -> Iterator[list[FakeOllama]]:
+    """Stand-ins that take some 20 ms an answer, so that each gets an image."""
+    with ExitStack() as opened:
+        yield [opened.enter_context(FakeOllama(**SLOW)) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of one server, its model, and three new images, two of them alike."""
+    base = tmp_path_factory.mktemp("one")
+    for label in phantoms.LABELS:
+        for seed in range(PER_CLASS):
+            path = base / "datos_etiquetados" / label / f"{label}{seed}.dcm"
+            phantoms.write(phantoms.exposure(label, seed, side=64), path)
+    for name in ("a.dcm", "b.dcm", "c.dcm"):
+        new = phantoms.exposure("TOR", 77 + (name == "c.dcm"), side=64)
+        phantoms.write(new, base / "new" / name)
+    with FakeOllama() as fake:
+        assert phase2(base, flags(fake)) == 0
+    assert fase3.main(["--base", str(base), "--quiet"]) == 0
+    return base
+
+
+@pytest.fixture
+def expected(trained: Path) -> list[bytes]:
     """The arrays of one server."""
-    base = labelled(tmp_path / "one", per_class=3)
-    assert phase2(base, flags(fake)) == 0
-    return arrays(base)
+    return arrays(trained)
+
+
+@pytest.fixture
+def base(trained: Path, tmp_path: Path) -> Path:
+    """A folder with the same images, and nothing made of them."""
+    name = "datos_etiquetados"
+    shutil.copytree(trained / name, tmp_path / name)
+    return tmp_path
 
 
 # --- Several servers ----------------------------------------------------------------
@@ -81,26 +109,24 @@ def expected(fake: FakeOllama, labelled: LabelFolder, tmp_path: Path) -> list[by
 
 def test_three_servers_make_the_bytes_of_one(
     three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
+    base: Path,
     expected: list[bytes],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
     assert phase2(base, flags(*three)) == 0
     assert arrays(base) == expected
     counts = [len(asked_of(server)) for server in three]
     assert all(counts)
-    assert sum(counts) == 9 * PER_IMAGE
+    assert sum(counts) == QUESTIONS
     said = capsys.readouterr().out
     for server, count in zip(three, counts, strict=True):
         assert f"{server.url}: {count} answers, 0." in said
 
 
 def test_a_server_named_twice_is_one(
-    fake: FakeOllama, labelled: LabelFolder, capsys: pytest.CaptureFixture[str]
+    fake: FakeOllama, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert phase2(labelled(per_class=1), flags(fake, fake)) == 0
+    assert phase2(base, flags(fake, fake)) == 0
     assert "answers, 0." not in capsys.readouterr().out
 
 
@@ -128,30 +154,26 @@ def test_every_server_elsewhere_is_named() -> None:
     ],
 )
 def test_a_server_that_differs_stops_the_run_before_the_first_question(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
+    fake: FakeOllama,
+    base: Path,
     caplog: pytest.LogCaptureFixture,
     settings: dict[str, Any],
     reason: str,
 ) -> None:
-    base = labelled(per_class=1)
     with FakeOllama(**settings) as other:
-        assert phase2(base, flags(*three[:2], other)) == 2
-        assert other.url in caplog.records[-1].getMessage()
-        assert not any(asked_of(server) for server in (*three, other))
+        assert phase2(base, flags(fake, other)) == 2
+        assert not asked_of(fake, other)
     error = caplog.records[-1].getMessage()
-    assert re.search(reason, error)
+    assert re.search(f"{re.escape(other.url)}.* {reason}|{reason}.*{other.url}", error)
     assert "--any-host" in error
 
 
 def test_with_any_host_the_others_do_the_work(
     three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
+    base: Path,
     expected: list[bytes],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
     with FakeOllama(other_engine=True) as other:
         assert phase2(base, flags(three[0], other, three[1]), "--any-host") == 0
         assert not asked_of(other)
@@ -160,22 +182,20 @@ def test_with_any_host_the_others_do_the_work(
 
 
 def test_a_blind_server_stops_the_run_by_its_name(
-    three: list[FakeOllama], labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+    three: list[FakeOllama], base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     three[1].control(faults={"blind": 1.0})
-    assert phase2(labelled(per_class=1), sighted(*three)) == 2
+    assert phase2(base, sighted(*three)) == 2
     assert f"slot 1 of the server at {three[1].url}" in caplog.text
-    assert sum(len(asked_of(server)) for server in three) == 3 * 6
+    assert len(asked_of(*three)) == 3 * 6
 
 
 def test_with_any_host_a_blind_server_gets_no_image(
     three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
+    base: Path,
     expected: list[bytes],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
     three[1].control(faults={"blind": 1.0})
     assert phase2(base, sighted(*three), "--any-host") == 0
     assert f"goes on without {three[1].url}: slot 1" in caplog.text
@@ -184,49 +204,28 @@ def test_with_any_host_a_blind_server_gets_no_image(
 
 
 def test_a_server_that_dies_leaves_its_images_to_the_others(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
+    three: list[FakeOllama], base: Path, expected: list[bytes]
 ) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
     three[1].control(script=[("/api/chat", 5, "refuse", 600.0)])
     assert phase2(base, flags(*three)) == 0
     assert arrays(base) == expected
-    asked = [one for server in three for one in asked_of(server)]
-    assert 9 * PER_IMAGE <= len(asked) <= 9 * PER_IMAGE + 2  # what was in flight
+    assert QUESTIONS <= len(asked_of(*three)) <= QUESTIONS + 2  # what was in flight
 
 
-def test_a_server_that_returns_takes_images_again(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
+@pytest.mark.parametrize("away", [1, 2])
+def test_servers_that_return_are_waited_for_and_take_images_again(
+    three: list[FakeOllama], base: Path, expected: list[bytes], away: int
 ) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
-    three[1].control(script=[("/api/chat", 3, "refuse", 0.2)])
+    for server in three[2 - away : 2]:
+        server.control(script=[("/api/chat", 3, "refuse", 0.2)])
     assert phase2(base, flags(*three[:2])) == 0
     assert arrays(base) == expected
     assert len(asked_of(three[1])) > 4
 
 
-def test_all_servers_away_are_waited_for(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
-) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
-    for server in three:
-        server.control(script=[("/api/chat", 5, "refuse", 0.5)])
-    assert phase2(base, flags(*three)) == 0
-    assert arrays(base) == expected
-
-
 def test_all_servers_away_for_longer_than_wait_stop_the_run(
-    three: list[FakeOllama], labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+    three: list[FakeOllama], base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base = labelled(per_class=3)
     for server in three:
         server.control(script=[("/api/chat", 5, "refuse", 600.0)])
     assert phase2(base, flags(*three), "--wait", "0.1") == 2
@@ -235,9 +234,8 @@ def test_all_servers_away_for_longer_than_wait_stop_the_run(
 
 
 def test_a_model_replaced_on_one_server_takes_back_only_its_own_answers(
-    three: list[FakeOllama], labelled: LabelFolder, tmp_path: Path
+    three: list[FakeOllama], base: Path
 ) -> None:
-    base = labelled(tmp_path, per_class=3)
     three[1].control(script=[{"endpoint": "/api/chat", "when": 4, "fault": "digest"}])
     assert phase2(base, flags(*three[:2])) == 2
     folder = base / "dataset_final_vlm" / config.JOURNAL_DIR
@@ -250,18 +248,6 @@ def test_a_model_replaced_on_one_server_takes_back_only_its_own_answers(
     assert set(kept) == {three[0].url}
 
 
-@pytest.fixture
-def trained(fake: FakeOllama, labelled: LabelFolder, tmp_path: Path) -> Path:
-    """A base folder with a model; and three new images, two of the same pixels."""
-    base = labelled(tmp_path / "one", per_class=3)
-    assert phase2(base, flags(fake)) == 0
-    for name in ("a.dcm", "b.dcm", "c.dcm"):
-        new = phantoms.exposure("TOR", 77 + (name == "c.dcm"), side=64)
-        phantoms.write(new, tmp_path / "new" / name)
-    assert fase3.main(["--base", str(base), "--quiet"]) == 0
-    return base
-
-
 def test_phase_4_finishes_an_image_whose_server_died(
     three: list[FakeOllama],
     trained: Path,
@@ -270,39 +256,43 @@ def test_phase_4_finishes_an_image_whose_server_died(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     three[1].control(script=[("/api/chat", 3, "refuse", 600.0)])
-    where = ["--base", str(trained), *flags(*three[:2])]
-    assert fase4.main([*where, "--ask-all", "--json", str(tmp_path / "new")]) == 0
+    assert phase4(trained, tmp_path, flags(*three[:2])) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(one["descriptions"]) for one in lines] == [10, 10, 10]
     assert lines[0]["descriptions"] == lines[1]["descriptions"]
-    asked = [one for server in three for one in asked_of(server)]
-    assert 20 <= len(asked) <= 22
+    assert 20 <= len(asked_of(*three)) <= 22
     assert f"{three[1].url}: " in caplog.text
+
+
+def phase4(trained: Path, journal: Path, asked: Sequence[str]) -> int:
+    """Ask all questions about the new images, with a journal of one's own."""
+    where = ["--base", str(trained), "--dataset-dir", str(journal)]
+    return fase4.main([*where, *asked, "--ask-all", "--json", str(trained / "new")])
 
 
 # --- Dask ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def in_a_process(
-    tmp_path: Path,
-) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start programs that end with the test."""
-    with ExitStack() as started:
+@contextmanager
+def program(*words: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program that ends with the block."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        env={**os.environ, **environment},
+        cwd=gettempdir(),  # not the program's folder
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
-        def start(*words: object, **environment: str) -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                env={**os.environ, **environment},
-                cwd=tmp_path,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            started.callback(process.wait)
-            started.callback(process.kill)
-            return process
 
-        yield start
+def client_of(base: Path, *asked: str) -> Any:
+    """Phase 2 in a process of its own."""
+    script = ROOT / "fase2_generar_vectores_vlm.py"
+    return program(script, "--base", base, *asked, "--descriptions", PER_IMAGE)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -312,215 +302,231 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_dask_workers_make_the_bytes_of_one_server(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
-) -> None:
-    base = labelled(tmp_path / "dask", per_class=3)
-    assert phase2(base, [*flags(*three[:2]), "--dask", "local:2"]) == 0
-    assert arrays(base) == expected
-    assert all(asked_of(server) for server in three[:2])
-
-
-def test_a_worker_with_nanny_that_is_killed_costs_what_was_in_flight(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
-) -> None:
-    base = labelled(tmp_path / "dask", per_class=3)
-
-    def kill() -> None:
-        wait_for(lambda: all(len(asked_of(server)) >= 3 for server in three[:2]))
-        local_workers()[0].kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert phase2(base, [*flags(*three[:2]), "--dask", "local:2"]) == 0
-    killer.join()
-    assert arrays(base) == expected
-    asked = [one for server in three for one in asked_of(server)]
-    # Three were in flight; Dask may begin them once more on the new worker.
-    assert len(asked) <= 9 * PER_IMAGE + 2 * 3
-
-
-def local_workers() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if any("spawn_main" in word for word in child.cmdline())
-    ]
-
-
-def test_a_worker_without_nanny_that_is_killed_leaves_its_images_to_the_others(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
-    in_a_process: Callable[..., subprocess.Popen[bytes]],
-    scheduler: str,
-) -> None:
-    base = labelled(tmp_path / "dask", per_class=3)
-    workers = [start_worker(in_a_process, scheduler, one.url) for one in three[:2]]
-
-    def kill() -> None:
-        wait_for(lambda: len(asked_of(three[1])) >= 3)
-        workers[1].kill()
-
-    killer = threading.Thread(target=kill)
-    wait_for_workers(scheduler, 2)
-    killer.start()
-    assert phase2(base, [*no_host(), "--dask", scheduler]) == 0
-    killer.join()
-    assert arrays(base) == expected
-    assert len(asked_of(three[0])) > len(asked_of(three[1]))
-    asked = [one for server in three for one in asked_of(server)]
-    assert len(asked) <= 9 * PER_IMAGE + 3  # what was in flight
-
-
-def start_worker(
-    start: Callable[..., subprocess.Popen[bytes]],
-    scheduler: str,
-    url: str,
-    folder: str = str(ROOT),
-) -> subprocess.Popen[bytes]:
+def worker(scheduler: str, url: str, folder: Path = ROOT) -> Any:
+    """A worker without nanny, that is not started again when it dies."""
     words = ["-m", "distributed.cli.dask_worker", scheduler, "--no-nanny"]
-    words += ["--nthreads", "4", "--no-dashboard"]
-    return start(*words, OLLAMA_HOST=url, PYTHONPATH=folder)
+    given = {"OLLAMA_HOST": url, "PYTHONPATH": str(folder)}
+    return program(*words, "--no-dashboard", **given)
 
 
-def no_host() -> list[str]:
-    return server_flags("x")[2:]
+class Cluster(SimpleNamespace):
+    """A scheduler that does not have the program, and two workers that have it."""
+
+    address: str
+    servers: list[FakeOllama]
+    workers: list[subprocess.Popen[bytes]]
+
+    @property
+    def flags(self) -> list[str]:
+        return [*server_flags("")[2:], "--dask", self.address]
+
+    def wait_for_workers(self, count: int) -> None:
+        connect: Any = distributed.Client
+        with connect(self.address) as client:
+            wait_for(lambda: len(client.nthreads()) == count)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    file = tmp_path_factory.mktemp("dask") / "scheduler.json"
+    words = ["--port", "0", "--no-dashboard", "--scheduler-file", file]
+    with ExitStack() as opened:
+        servers = [opened.enter_context(FakeOllama(**SLOW)) for _ in range(2)]
+        opened.enter_context(program("-m", "distributed.cli.dask_scheduler", *words))
+        wait_for(file.exists)
+        address = json.loads(file.read_text())["address"]
+        workers = [opened.enter_context(worker(address, one.url)) for one in servers]
+        cluster = Cluster(address=address, servers=servers, workers=workers)
+        cluster.wait_for_workers(2)
+        yield cluster
 
 
 @pytest.fixture
-def scheduler(
-    in_a_process: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
-) -> str:
-    """The address of a scheduler that does not have the program."""
-    file = tmp_path / "scheduler.json"
-    words = ["--port", "0", "--no-dashboard", "--scheduler-file", file]
-    in_a_process("-m", "distributed.cli.dask_scheduler", *words)
-    wait_for(file.exists)
-    address: str = json.loads(file.read_text())["address"]
-    return address
+def cluster(shared_cluster: Cluster) -> Cluster:
+    """The shared one; its servers have forgotten what they were asked."""
+    for server in shared_cluster.servers:
+        server.control(reset_stats=True)
+    return shared_cluster
 
 
-def wait_for_workers(scheduler: str, count: int) -> None:
-    connect: Any = distributed.Client
-    with connect(scheduler) as client:
-        client.wait_for_workers(count, timeout=60)
-
-
-def test_a_worker_without_the_program_is_told_how_to_get_it(
-    fake: FakeOllama,
-    labelled: LabelFolder,
+def test_phase_4_asks_dask_workers(
+    cluster: Cluster,
+    trained: Path,
     tmp_path: Path,
-    in_a_process: Callable[..., subprocess.Popen[bytes]],
-    scheduler: str,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    start_worker(in_a_process, scheduler, fake.url, folder=str(tmp_path))
-    wait_for_workers(scheduler, 1)
-    base = labelled(tmp_path / "dask", per_class=1)
-    assert phase2(base, [*no_host(), "--dask", scheduler]) == 2
-    assert "No module named 'utils'" in caplog.text
-    assert "set its PYTHONPATH to the program's folder" in caplog.text
-    assert not asked_of(fake)
+    assert phase4(trained, tmp_path, cluster.flags) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(one["descriptions"]) for one in lines] == [10, 10, 10]
+    assert len(asked_of(*cluster.servers)) == 20
+
+
+def test_a_killed_client_of_dask_goes_on_where_it_was(
+    cluster: Cluster, base: Path, expected: list[bytes]
+) -> None:
+    with client_of(base, *cluster.flags):
+        wait_for(lambda: len(asked_of(*cluster.servers)) > 12)
+    assert phase2(base, cluster.flags) == 0
+    assert arrays(base) == expected
+    in_flight = 2 * 2
+    assert QUESTIONS <= len(asked_of(*cluster.servers)) <= QUESTIONS + in_flight
 
 
 def test_a_worker_with_another_version_of_the_program_is_refused(
-    fake: FakeOllama,
-    labelled: LabelFolder,
+    cluster: Cluster,
+    base: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(config, "PROGRAM_VERSION", "0.1")
-    assert phase2(labelled(per_class=1), [*flags(fake), "--dask", "local:1"]) == 2
-    assert re.search(r"has program \d.*, not 0\.1", caplog.text)
+    assert phase2(base, cluster.flags) == 2
+    assert re.search(r"has version \d.*, not 0\.1\).*--any-host", caplog.text)
 
 
-def test_no_scheduler_is_one_line(
-    labelled: LabelFolder,
+def test_a_worker_without_the_program_is_told_how_to_get_it(
+    cluster: Cluster,
+    base: Path,
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked = [*no_host(), "--dask", "tcp://127.0.0.1:9"]
-    assert phase2(labelled(per_class=1), asked) == 2
-    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in caplog.text
+    with worker(cluster.address, "x", folder=tmp_path):
+        cluster.wait_for_workers(3)
+        assert phase2(base, cluster.flags) == 2
+    cluster.wait_for_workers(2)
+    assert "No module named 'utils'" in caplog.text
+    assert "set its PYTHONPATH to the program's folder" in caplog.text
+    assert not asked_of(*cluster.servers)
+
+
+def test_a_worker_without_nanny_that_is_killed_leaves_its_images_to_the_others(
+    cluster: Cluster, base: Path, expected: list[bytes]
+) -> None:
+    one, other = cluster.servers
+
+    def kill() -> None:
+        wait_for(lambda: len(asked_of(other)) >= 3)
+        cluster.workers[1].kill()
+        cluster.workers[1].wait()
+
+    with meanwhile(kill):
+        assert phase2(base, cluster.flags) == 0
+    assert arrays(base) == expected
+    assert len(asked_of(one)) > len(asked_of(other))
+    assert len(asked_of(one, other)) <= QUESTIONS + 2  # what was in flight
+
+
+@contextmanager
+def meanwhile(work: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_local_workers_make_the_bytes_of_one_server_though_one_is_killed(
+    three: list[FakeOllama], base: Path, expected: list[bytes]
+) -> None:
+    servers = three[:2]
+
+    def kill() -> None:
+        wait_for(lambda: all(len(asked_of(server)) >= 3 for server in servers))
+        children = psutil.Process().children(recursive=True)
+        next(one for one in children if "spawn_main" in "".join(one.cmdline())).kill()
+
+    with meanwhile(kill):
+        assert phase2(base, [*flags(*servers), "--dask", "local:2"]) == 0
+    assert arrays(base) == expected
+    assert len(asked_of(*servers)) <= QUESTIONS + 2  # what was in flight
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ([], "no Dask scheduler answers at tcp://127.0.0.1:9"),
+        (["--host", "there"], "leave --host out"),
+    ],
+)
+def test_what_stands_in_the_way_of_dask_is_one_line(
+    base: Path,
+    asked: list[str],
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(utils, "CONNECT_S", 0.5)
+    assert phase2(base, [*asked, "--dask", "tcp://127.0.0.1:9"]) == 2
+    assert error in caplog.text
 
 
 def test_without_dask_the_line_says_how_to_install_it(
     fake: FakeOllama,
-    labelled: LabelFolder,
+    base: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    base = labelled(per_class=1)
     assert phase2(base, [*flags(fake), "--dask", "local:2"]) == 2
     assert "pip install '.[cluster]'" in caplog.text
-    assert phase2(base, flags(fake)) == 0
 
 
 def test_a_killed_client_goes_on_where_it_was(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
-    in_a_process: Callable[..., subprocess.Popen[bytes]],
+    three: list[FakeOllama], base: Path, expected: list[bytes]
 ) -> None:
-    base = labelled(tmp_path / "three", per_class=3)
-    asked = [*flags(*three), "--descriptions", str(PER_IMAGE)]
-    client = in_a_process(
-        ROOT / "fase2_generar_vectores_vlm.py", "--base", base, *asked
-    )
-    wait_for(lambda: sum(len(asked_of(server)) for server in three) > 12)
-    client.kill()
-    client.wait()
+    with client_of(base, *flags(*three)):
+        wait_for(lambda: len(asked_of(*three)) > 12)
     assert phase2(base, flags(*three)) == 0
     assert arrays(base) == expected
     in_flight = 3 * 2
-    asked_in_all = sum(len(asked_of(server)) for server in three)
-    assert 9 * PER_IMAGE <= asked_in_all <= 9 * PER_IMAGE + in_flight
-
-
-def test_a_killed_client_of_dask_goes_on_where_it_was(
-    three: list[FakeOllama],
-    labelled: LabelFolder,
-    tmp_path: Path,
-    expected: list[bytes],
-    in_a_process: Callable[..., subprocess.Popen[bytes]],
-    scheduler: str,
-) -> None:
-    for one in three[:2]:
-        start_worker(in_a_process, scheduler, one.url)
-    wait_for_workers(scheduler, 2)
-    base = labelled(tmp_path / "dask", per_class=3)
-    asked = [*no_host(), "--dask", scheduler, "--descriptions", str(PER_IMAGE)]
-    client = in_a_process(
-        ROOT / "fase2_generar_vectores_vlm.py", "--base", base, *asked
-    )
-    wait_for(lambda: sum(len(asked_of(server)) for server in three) > 12)
-    client.kill()
-    client.wait()
-    assert phase2(base, [*no_host(), "--dask", scheduler]) == 0
-    assert arrays(base) == expected
-    asked_in_all = sum(len(asked_of(server)) for server in three)
-    assert 9 * PER_IMAGE <= asked_in_all <= 9 * PER_IMAGE + 2 * 3
+    assert QUESTIONS <= len(asked_of(*three)) <= QUESTIONS + in_flight
 
 
 def test_dask_is_not_imported_unless_it_is_asked_for() -> None:
     words = "import sys, fase2_generar_vectores_vlm, fase4_inferencia_vlm; "
     words += "sys.exit('distributed' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode
-        == 0
-    )
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+class Actor(SimpleNamespace):
+    """What a worker's actor looks like from here."""
+
+    lost = False
+
+    async def who(self) -> tuple[str, str]:
+        return config.PROGRAM_VERSION, "a server"
+
+    async def says(self, *_: object) -> tuple[int, str, bytes]:
+        if self.lost:
+            raise RuntimeError("Worker holding Actor was lost")
+        return 200, "", b"{}"
+
+
+async def other_workers() -> dict[str, int]:
+    return {"tcp://another:1": 1}
+
+
+async def submit(*_: object, **__: object) -> Actor:
+    return Actor()
+
+
+ASKED = httpx.Request("GET", "http://dask/api/ps")
+
+
+def test_another_worker_of_the_same_server_takes_the_place_of_a_lost_one() -> None:
+    async def twice() -> int:
+        client = SimpleNamespace(status="running", nthreads=other_workers)
+        client.submit = submit
+        way = utils.DaskWay(client, "a server", Actor(lost=True))
+        with pytest.raises(httpx.ConnectError, match="lost"):
+            await way.handle_async_request(ASKED)
+        status: int = (await way.handle_async_request(ASKED)).status_code
+        return status
+
+    assert asyncio.run(twice()) == 200
 
 
 def test_a_scheduler_that_left_ends_the_run() -> None:
-    way = utils.DaskWay(SimpleNamespace(status="closed"), "a server", ["a worker"])
+    gone = SimpleNamespace(status="closed")
+    way = utils.DaskWay(gone, "a server", Actor(lost=True))
     with pytest.raises(utils.PipelineError, match=r"scheduler left.*same command"):
-        asyncio.run(way.run("own_server"))
+        asyncio.run(way.handle_async_request(ASKED))
