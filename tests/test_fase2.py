@@ -779,12 +779,6 @@ def test_waiting_for_a_server_is_announced(
     assert sum("waiting up to 5 s" in r.message for r in caplog.records) == 1
 
 
-def test_a_prompt_that_is_mostly_answered_badly_is_named() -> None:
-    quality = {"weak?": {"answers": 9, "repeated": 5, "cut": 5}}
-    quality |= {"good?": {"answers": 9, "repeated": 4, "cut": 4}}
-    assert list(fase2.weak_prompts(quality)) == ["5 of 9 cut or repeated: weak?"]
-
-
 def test_a_file_that_changes_during_the_run_is_left_out(
     fake: FakeOllama, labelled: LabelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -840,8 +834,8 @@ def test_a_distant_server_is_named_before_images_go_there(
     assert "the images leave this machine" in caplog.records[0].getMessage()
 
 
-def test_answers_repeated_for_every_image_are_counted_per_prompt(
-    fake: FakeOllama, labelled: LabelFolder
+def test_answers_repeated_for_every_image_are_counted_and_their_prompt_named(
+    fake: FakeOllama, labelled: LabelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = labelled()
     phase2(base, fake)
@@ -856,6 +850,7 @@ def test_answers_repeated_for_every_image_are_counted_per_prompt(
     quality = manifest_of(base)["quality_per_prompt"]
     generic = [q for p, q in quality.items() if p.startswith(config.GENERIC_PROMPTS[0])]
     assert generic[0]["repeated"] == generic[0]["answers"] == 6
+    assert "6 of 6 cut or repeated: " in capsys.readouterr().out
 
 
 # --- Journals of version 1.0 --------------------------------------------------------

@@ -13,7 +13,7 @@ import config
 import fase2_generar_vectores_vlm as fase2
 import utils
 from config import Config, parse_config
-from utils import AnswerBook, BlindError, SightTest, VlmServer
+from utils import AnswerBook, BlindError, SightTest
 
 EYES = ("blind", "former", "stuck", "merged")
 
@@ -32,7 +32,7 @@ def look(fake: FakeOllama, *more: str) -> list[NDArray[np.float64]]:
     cfg: Config = parse_config(2, "", [*flags(fake.url), *more])[0]
 
     async def run() -> list[NDArray[np.float64]]:
-        async with VlmServer(cfg, print) as server:
+        async with utils.open_servers(cfg, print) as [server]:
             book = AnswerBook(None, cfg, await server.preflight())
             return await SightTest(utils.slots_of(cfg, [server]), book).run()
 
