@@ -2986,7 +2986,7 @@ class VlmServer:
             ) from None
         digests = await self._digests()
         for model in (vlm, embedder):
-            if not _find(digests, model):
+            if _plain(model) not in digests:
                 await self._pull(model)
                 digests = await self._digests()
         shown = await self._call(f"show {vlm}", lambda: self._client.show(vlm))
@@ -3000,18 +3000,20 @@ class VlmServer:
         self._think = False if "thinking" in capabilities else None
         self.tell(f"loading {embedder} and {vlm} on the server at {self.url}")
         _, probe = await asyncio.gather(self._load(), self._probe_embedder())
-        both, gpu_share = await self._call("list what is loaded", self._residence)
-        if not both:  # once more: another model was in the way, or the VLM had to go
+        both, kept = {_plain(vlm), _plain(embedder)}, self._cfg.keep_alive != "0"
+        loaded = await self._call("list what is loaded", self._loaded)
+        if kept and not (len(both) == 2 and both <= {*loaded}):
+            # Once more: another model was in the way, or the VLM had to go.
             await self._embed([config.PROBE_SENTENCE], LOAD_S)
             await self._load()
-            both, gpu_share = await self._call("list what is loaded", self._residence)
+            loaded = await self._call("list what is loaded", self._loaded)
         self.facts = ServerFacts(
             version=self.version,
-            vlm_digest=_find(digests, vlm),
-            embedder_digest=_find(digests, embedder),
+            vlm_digest=digests[_plain(vlm)],
+            embedder_digest=digests[_plain(embedder)],
             probe=probe,
-            both_loaded=both,
-            gpu_share=gpu_share,
+            both_loaded=not kept or (len(both) == 2 and both <= {*loaded}),
+            gpu_share=loaded.get(_plain(vlm), 0.0),
         )
         return self.facts
 
@@ -3026,7 +3028,7 @@ class VlmServer:
             (self._cfg.vlm, facts.vlm_digest),
             (self._cfg.embed_model, facts.embedder_digest),
         ):
-            if not (digest := _find(digests, model)):
+            if not (digest := digests.get(_plain(model))):
                 raise PipelineError(
                     f"model {model} was removed from the server at {self.url}: run "
                     f"`ollama pull {model}`, then the same command again"
@@ -3042,7 +3044,8 @@ class VlmServer:
             self.tell(f"Ollama at {self.url} is {version} now, was {self.version}")
             self.version, self.changed = version, True
         with suppress(*_failures()):
-            share = (await self._residence())[1] if facts.gpu_share else 0.0
+            loaded = await self._loaded() if facts.gpu_share else {}
+            share = loaded.get(_plain(self._cfg.vlm), facts.gpu_share)
             if share < facts.gpu_share / 2:
                 self.tell(
                     f"warning: {share:.0%} of {self._cfg.vlm} is on the GPU, it was "
@@ -3062,24 +3065,15 @@ class VlmServer:
 
     async def _digests(self) -> dict[str, str]:
         models = (await self._call("list its models", self._client.list)).models
-        return {str(model.model): str(model.digest) for model in models}
+        return {_plain(one.model): str(one.digest) for one in models}
 
-    async def _residence(self) -> tuple[bool, float]:
-        """Whether both models are loaded, and the VLM's share on the GPU.
-
-        Yes, and none, where the server is to keep no model.
-        """
-        if self._cfg.keep_alive == "0":
-            return True, 0.0
+    async def _loaded(self) -> dict[str, float]:
+        """The models in memory, and the share of each that is on the GPU."""
         async with asyncio.timeout(CONNECT_S):  # it may hang with a frozen runner
-            loaded = (await self._client.ps()).models
-        vlm, embedder = (
-            [one for one in loaded if _same_model(one.model or "", model)]
-            for model in (self._cfg.vlm, self._cfg.embed_model)
-        )
-        both = bool(vlm and embedder) and vlm != embedder
-        size = sum(one.size or 0 for one in vlm)
-        return both, sum(one.size_vram or 0 for one in vlm) / (size or 1)
+            models = (await self._client.ps()).models
+        return {
+            _plain(one.model): (one.size_vram or 0) / (one.size or 1) for one in models
+        }
 
     async def _pull(self, model: str) -> None:
         if not self._cfg.pull:
@@ -3188,7 +3182,7 @@ class VlmServer:
             In the order of `texts`.
         """
         vectors: Vectors = [None] * len(texts)
-        if len(texts) == 1 or self._embeds_lists:
+        if len(texts) == 1 or (texts and self._embeds_lists):
             with suppress(RejectedError):
                 vectors = await self._embed(texts)
         for at, text in enumerate(texts) if len(texts) > 1 else ():
@@ -3304,9 +3298,7 @@ class VlmServer:
     async def _missing(self) -> str:
         """Why the server does not answer; "" when it does, with the VLM loaded."""
         try:
-            async with asyncio.timeout(CONNECT_S):
-                loaded = (await self._client.ps()).models
-            if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
+            if _plain(self._cfg.vlm) not in await self._loaded():
                 async with asyncio.timeout(LOAD_S):
                     await self._chat([])
         except _failures() as error:
@@ -3395,13 +3387,8 @@ def _remedy(error: BaseException) -> str:
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
 
 
-def _same_model(name: str, other: str) -> bool:
-    return name.removesuffix(":latest") == other.removesuffix(":latest")
-
-
-def _find(digests: Mapping[str, str], model: str) -> str:
-    """The digest of a model on the server, or "" where it is not."""
-    return next((d for name, d in digests.items() if _same_model(name, model)), "")
+def _plain(model: str | None) -> str:
+    return str(model).removesuffix(":latest")
 
 
 def _short(error: BaseException) -> str:
