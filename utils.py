@@ -2883,7 +2883,8 @@ def _ollama() -> Any:
     """The client library; phases 1 and 3 need none.
 
     It makes a client of its own when it is imported, which fails on settings meant for
-    other programs: they are out of its sight for that moment.
+    other programs: they are out of its sight for that moment. Nor need that client,
+    which nobody uses, read all certificates, a tenth of a second.
     """
     foreign = {
         name: os.environ.pop(name)
@@ -2891,9 +2892,11 @@ def _ollama() -> Any:
         if name.upper().endswith("_PROXY")
         or name in ("OLLAMA_HOST", "SSL_CERT_FILE", "SSL_CERT_DIR")
     }
+    os.environ["SSL_CERT_DIR"] = os.curdir
     try:
         return importlib.import_module("ollama")
     finally:
+        del os.environ["SSL_CERT_DIR"]
         os.environ.update(foreign)
 
 
@@ -2984,7 +2987,7 @@ class VlmServer:
                 f"no Ollama answers at {self.url} ({_short(error)}): "
                 f"{_remedy(error) or usual}"
             ) from None
-        digests = await self._digests()
+        self.unchanged_at, digests = _now(), await self._digests()
         for model in (vlm, embedder):
             if _plain(model) not in digests:
                 await self._pull(model)
@@ -3002,15 +3005,15 @@ class VlmServer:
         _, probe = await asyncio.gather(self._load(), self._probe_embedder())
         both, kept = {_plain(vlm), _plain(embedder)}, self._cfg.keep_alive != "0"
         loaded = await self._call("list what is loaded", self._loaded)
-        if kept and not (len(both) == 2 and both <= {*loaded}):
+        if kept and not both <= {*loaded}:
             # Once more: another model was in the way, or the VLM had to go.
             await self._embed([config.PROBE_SENTENCE], LOAD_S)
             await self._load()
             loaded = await self._call("list what is loaded", self._loaded)
         self.facts = ServerFacts(
             version=self.version,
-            vlm_digest=digests[_plain(vlm)],
-            embedder_digest=digests[_plain(embedder)],
+            vlm_digest=digests.get(_plain(vlm), ""),
+            embedder_digest=digests.get(_plain(embedder), ""),
             probe=probe,
             both_loaded=not kept or (len(both) == 2 and both <= {*loaded}),
             gpu_share=loaded.get(_plain(vlm), 0.0),
@@ -3232,43 +3235,41 @@ class VlmServer:
 
         async def once() -> Result:
             if self.away:
-                raise ServerAwayError(gone)
+                raise ServerAwayError(
+                    f"the server at {self.url} went away: start it with `ollama "
+                    "serve`, then run the same command again"
+                )
             async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
                 return await request()
+
+        async def look(state: tenacity.RetryCallState) -> None:
+            failure = state.outcome and state.outcome.exception()
+            if isinstance(failure, _server_away()) and not self.away:
+                self.away = bool(await self._missing())
 
         def may_pass(error: BaseException) -> bool:
             too_long = bool(seconds) and isinstance(error, TimeoutError)
             return _may_pass(error) and not too_long
 
-        async def before_the_next(state: tenacity.RetryCallState) -> None:
-            failure = state.outcome and state.outcome.exception()
-            if isinstance(failure, _server_away()) and await self._missing():
-                self.away = True
-                raise ServerAwayError(gone)
-
-        gone = (
-            f"the server at {self.url} went away: start it with `ollama serve`, then "
-            "run the same command again"
-        )
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
             wait=tenacity.wait_exponential(FIRST_PAUSE_S)
             + tenacity.wait_random(0, FIRST_PAUSE_S),
             retry=tenacity.retry_if_exception(may_pass),
-            before_sleep=before_the_next,
+            before_sleep=look,
             reraise=True,
         )
         try:
-            result: Result = await retrying(once)
+            return cast(Result, await retrying(once))
         except _failures() as error:
-            said = f"the server at {self.url} can't {what} ({_short(error)})"
+            why = f"can't {what} ({_short(error)})"
             if remedy := _remedy(error):
-                raise PipelineError(f"{said}: {remedy}") from None
-            self.note(
-                False, f"request {len(self._noted)}", f"can't {what}: {_short(error)}"
-            )
-            raise RejectedError(f"{said}: see its log") from None
-        return result
+                message = f"the server at {self.url} {why}: {remedy}"
+                raise PipelineError(message) from None
+            self.note(False, f"request {len(self._noted)}", why)
+            raise RejectedError(
+                f"the server at {self.url} {why}: see its log"
+            ) from None
 
     def note(self, usable: bool, about: str, said: str) -> None:
         """Stop a run whose server is ill: it is not the images.
