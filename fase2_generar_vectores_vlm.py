@@ -255,9 +255,6 @@ def announce(
         "OLLAMA_MAX_LOADED_MODELS=2 on the server lets them overlap": (
             not facts.both_loaded and cfg.vlm != cfg.embed_model
         ),
-        "the VLM lies partly on the CPU: free memory of the GPU for it": (
-            0 < facts.gpu_share < 1
-        ),
         "a GPU can describe several images at once: start the server with "
         "OLLAMA_NUM_PARALLEL=4 and add --server-parallel 4": (
             facts.gpu_share == 1 and cfg.server_parallel == 1
@@ -385,11 +382,11 @@ async def describe(
                 good = [image for image, _ in todo if image.image_id not in failures]
                 step = partial(work, embed=embed)
                 await utils.image_by_image(good, as_labelled, step, slots, between)
-            if sight:
-                await sight.when_due(answers=1)
-                log.info("sight tests: %.0f s", sight.seconds)
     finally:
         progress.close()
+    if sight:
+        await sight.when_due(answers=1)
+        log.info("sight tests: %.0f s", sight.seconds)
     return failures
 
 

@@ -1969,19 +1969,8 @@ class AnswerBook:
     ) -> int:
         """Forget what was answered after the last moment at which all was well.
 
-        Parameters
-        ----------
-        moment : str
-            UTC in ISO 8601; "" is the beginning.
-        server : str
-            Only its answers; "" for those of all.
-        why : PipelineError, optional
-            Ends the run: what is still in flight is not kept, either.
-
-        Returns
-        -------
-        int
-            How many answers will be asked anew.
+        By one server or all. `why` ends the run: what is still in flight is not kept,
+        either. Returns how many answers will be asked anew.
         """
         self.distrusted, count = why, 0
         for journal, keys in self._since(moment, server):
@@ -2545,6 +2534,8 @@ class SightTest:
                     asked = [self._say(s, png, question.prompt) for s in self._slots]
                     rounds.append(await asyncio.gather(*asked))
             for slot, texts in zip(self._slots, zip(*rounds, strict=True), strict=True):
+                if not all(texts):
+                    continue
                 with suppress(ServerAwayError):
                     rows = await slot.server.embed(texts)
                     none = np.zeros_like(self._book.facts.probe)
@@ -2554,12 +2545,11 @@ class SightTest:
         return looks
 
     async def _say(self, slot: Slot, png: bytes, prompt: str) -> str:
-        """The answer as it is embedded; of a server that went away none."""
-        text = ""
+        """The answer as it is embedded; "" of a server that went away."""
         with suppress(ServerAwayError):
             reply = await slot.server.answer(png, prompt, random.getrandbits(31))
-            text = judged(reply).text
-        return self._book.prefix + (text or "nothing")
+            return self._book.prefix + (judged(reply).text or "nothing")
+        return ""
 
 
 async def only_sight(
@@ -3274,14 +3264,7 @@ class VlmServer:
     def note(self, usable: bool, about: str, said: str) -> None:
         """Stop a run whose server is ill: it is not the images.
 
-        Parameters
-        ----------
-        usable : bool
-            Whether an answer can be used; False for a request that was given up.
-        about : str
-            The image, or the request.
-        said : str
-            The answer, or why there is none.
+        Takes every answer, and why there is none to a request that was given up.
         """
         self._noted.append((usable, about))
         last = self._noted[-BAD_ANSWERS:]

@@ -381,7 +381,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(
     with FakeOllama() as fake:
         phase2(whole, fake)
     with FakeOllama(time_model="gpu", time_scale=0.03, load_s=0.0) as fake:
-        for _ in range(4):
+        for _ in range(3):
             kept = journal_keys(killed) if folder_of(killed).exists() else []
             kill_after(killed, fake.url, dice.randrange(1, 8), fake)
             assert set(kept) <= set(journal_keys(killed))
@@ -390,7 +390,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(
         assert phase2(killed, fake) == 0
         assert chats(fake) - before == 30 - len(kept)
         # What was in flight at a kill, two at the most, may be asked a second time.
-        assert sum(asked["asked"] - 1 for asked in questions(fake)) <= 4 * 2
+        assert sum(asked["asked"] - 1 for asked in questions(fake)) <= 3 * 2
         assert {(a["prompt"], a["seed"]) for a in questions(fake) if a["answered"]} == {
             *journal_keys(killed)
         }
@@ -929,7 +929,7 @@ def test_a_server_whose_answers_are_of_no_use_is_named_and_left(
     fault: str,
 ) -> None:
     base = labelled()
-    fake.control(faults={fault: 1.0})
+    fake.control(faults={fault: 0.8})
     assert phase2(base, fake) == 2
     assert "answers that can't be used" in caplog.text
     assert "Ollama 0.33" in caplog.text
