@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -418,19 +418,23 @@ async def estimate(
     slots, clocks = utils.slots_of(cfg, servers), list[list[float]]()
 
     async def work(image: LabelledImage, seen: PreparedImage | str, turn: Turn) -> None:
-        if isinstance(seen, str):
-            raise RejectedError(seen)
         answers, clock = book.of(image.picture), [time.monotonic()]
         asked = [q for q in questions_for(image.label, cfg) if not answers.chosen(q)]
         clocks.append(clock)
-        await utils.ask(
-            *(seen, asked[:ESTIMATE_QUESTIONS], answers, turn),
-            told=lambda _: clock.append(time.monotonic()),
-        )
+        with suppress(RejectedError):  # the run will list it
+            if not isinstance(seen, str):
+                await utils.ask(
+                    *(seen, asked[:ESTIMATE_QUESTIONS], answers, turn),
+                    told=lambda _: clock.append(time.monotonic()),
+                )
 
     some = [image for image, _ in todo[: len(slots)]]
     await utils.image_by_image(some, as_labelled, work, slots)
     gaps = [np.diff(clock) for clock in clocks if len(clock) > 1]
+    if not gaps:
+        raise PipelineError(
+            "no open image could be asked about: see its reason in a run"
+        )
     first = float(np.mean([gap[0] for gap in gaps]))
     others = np.concatenate([gap[1:] for gap in gaps])
     each = float(np.mean(others)) if others.size else first

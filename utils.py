@@ -2596,7 +2596,7 @@ async def open_servers(
             ways = await _dask_ways(cfg, tell, opened)
             servers = [VlmServer(cfg, tell, way) for way in ways]
         for server in servers:
-            await opened.enter_async_context(server.http)
+            opened.push_async_callback(server.http.aclose)
         yield servers
 
 
@@ -2933,7 +2933,7 @@ class VlmServer:
         self._noted: list[tuple[bool, str]] = []
         self._client = self._connect(way)
         self.http = self._client._client
-        """Of httpx; open while it is used as an async context manager."""
+        """Of httpx, for what the client has no call for."""
 
     def _connect(self, way: DaskWay | None) -> Any:
         import httpx  # noqa: PLC0415
@@ -3047,7 +3047,7 @@ class VlmServer:
                 self.facts = replace(facts, gpu_share=share)
 
     async def _ask_version(self) -> str:
-        reply = await self.http.get("/api/version")  # the client has no call for it
+        reply = await self.http.get("/api/version")
         if reply.status_code != 200:
             where = reply.headers.get("location", reply.reason_phrase)
             raise _ollama().ResponseError(where, reply.status_code)
