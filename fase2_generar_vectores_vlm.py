@@ -32,8 +32,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
@@ -86,11 +86,15 @@ class LabelledImage:
 
     label: str
     path: Path
-    image_id: str
-    view_id: str
-    header: Mapping[str, str]
+    picture: PreparedImage
+    """Without its PNG: that is made again when the image is asked about."""
     statistics: NDArray[np.float32]
     """(40,), of the picture: see `utils.picture_statistics`."""
+
+    @property
+    def image_id(self) -> str:
+        """SHA-256 of the decoded pixels."""
+        return self.picture.image_id
 
 
 @dataclass
@@ -121,15 +125,15 @@ def labelled_files(folder: Path, rejections: Rejections) -> list[Path]:
             f"{folder} is missing: run `python fase1_descompresion.py`, then {remedy}"
         )
     paths = list(utils.find_files(folder, rejections.add))
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-    if problem := utils.class_name_problem(n for n in names if not n.startswith(".")):
+    folders = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    names = [name for name in folders if not name.startswith(".")]
+    if problem := utils.class_name_problem(names):
         raise PipelineError(f"{folder}: {problem}")
-    filled = Counter(path.relative_to(folder).parts[0] for path in paths)
-    empty = [name for name in names if not filled[name] and not name.startswith(".")]
     if not paths:
         raise PipelineError(f"{folder} holds no image in a class folder: {remedy}")
-    if empty:
-        log.warning("warning: %s: no image in it", ", ".join(map(repr, empty)))
+    filled = {path.relative_to(folder).parts[0] for path in paths}
+    if empty := [repr(name) for name in names if name not in filled]:
+        log.warning("warning: %s: no image in it", ", ".join(empty))
     return paths
 
 
@@ -146,24 +150,19 @@ def identify(
         No class with an image, or one image labelled as two classes.
     """
     folder = cfg.folder("labelled_dir")
-    identified = partial(_identified, cfg.folder("dataset_dir") / config.THUMBNAIL_DIR)
     log.info("reading %d files in %s", len(paths), folder)
     unique: dict[str, LabelledImage] = {}
     conflicts = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for path, found in zip(paths, pool.map(identified, paths), strict=True):
-            parts = path.relative_to(folder).parts
-            if len(parts) == 1:
-                rejections.add(path, "lies in no class folder")
-                continue
+        read = pool.map(partial(_identified, cfg), paths)
+        for path, found in zip(paths, read, strict=True):
             if isinstance(found, str):
                 rejections.add(path, found)
                 continue
-            image = LabelledImage(parts[0], path, *found)
-            first = unique.setdefault(image.image_id, image)
-            if first.label != image.label:
-                conflicts.append(f"{first.path} and {image.path}")
-            elif first is not image:
+            first = unique.setdefault(found.image_id, found)
+            if first.label != found.label:
+                conflicts.append(f"{first.path} and {path}")
+            elif first is not found:
                 rejections.add(path, f"same image as {first.path}", failed=False)
     if conflicts:
         raise PipelineError(
@@ -177,42 +176,41 @@ def identify(
     return sorted(unique.values(), key=lambda image: (image.label, image.image_id))
 
 
-def _identified(thumbnails: Path, path: Path) -> tuple[Any, ...] | str:
-    """What LabelledImage holds, or why there is nothing; the pictures are not kept."""
+def _identified(cfg: Config, path: Path) -> LabelledImage | str:
+    """One labelled image, or why it can't be used; the pictures are not kept."""
+    label, *deeper = path.relative_to(cfg.folder("labelled_dir")).parts
+    if not deeper:
+        return "lies in no class folder"
     try:
-        image = utils.prepare_image(path)
+        picture = utils.prepare_image(path)
     except RejectedError as error:
         return str(error)
-    statistics = utils.picture_statistics(image.grey)
-    thumbnail = thumbnails / f"{image.image_id}.jpg"
+    grey, folder = picture.grey, cfg.folder("dataset_dir") / config.THUMBNAIL_DIR
+    thumbnail = folder / f"{picture.image_id}.jpg"
     if not thumbnail.exists():
         with utils.atomic_write(thumbnail) as file:
-            file.write(utils.thumbnail(image.grey))
-    return image.image_id, image.view_id, image.header, statistics
+            file.write(utils.thumbnail(grey))
+    statistics = utils.picture_statistics(grey)
+    return LabelledImage(label, path, replace(picture, png=b""), statistics)
 
 
-def warn_of_counts(images: Sequence[LabelledImage]) -> None:
-    """What phase 3 would refuse is said before the hours."""
+def warn(images: Sequence[LabelledImage], book: AnswerBook) -> None:
+    """Say before the hours what a person should know.
+
+    Phase 3 refuses a class of one image. A model must not learn from its own answers
+    unnoticed: phase 4 records what it copies, phase 1 the labels of a saved sheet.
+    """
     counts = Counter(image.label for image in images)
     if len(counts) == 1:
         log.warning("warning: one class only (%s): phase 3 needs two", *counts)
     for label, count in counts.items():
         if count == 1:
             log.warning("warning: class %s has 1 image: phase 3 needs two", label)
-
-
-def warn_of_own_answers(images: Sequence[LabelledImage], book: AnswerBook) -> None:
-    """A model must not learn from its own answers unnoticed.
-
-    Phase 4 records what it copies, phase 1 the labels of a saved sheet.
-    """
     unseen = 0
     for image in images:
-        journal = book.of(image).journal
-        given, seen = (
-            (journal.get(key) or {}).get("class") for key in ("copied", "confirmed")
-        )
-        unseen += given == image.label != seen
+        journal = book.of(image.picture).journal
+        copied, confirmed = (journal.get(key) or {} for key in ("copied", "confirmed"))
+        unseen += copied.get("class") == image.label != confirmed.get("class")
     if unseen:
         log.warning(
             "warning: %d labels are the program's own answers, unseen by you", unseen
@@ -232,208 +230,13 @@ def questions_for(label: str, cfg: Config) -> list[Question]:
 # --- Asking -------------------------------------------------------------------------
 
 
-class Progress:
-    """A bar on a terminal, else a plain line now and then and a last one."""
-
-    def __init__(self, images: int, done: int, to_ask: int, quiet: bool) -> None:
-        self._images, self._done, self._to_ask = images, done, to_ask
-        self._described = self._failed = 0
-        self.stamps = [time.monotonic()]
-        """Of the start and of every answer."""
-        self._shown = self.stamps[0]
-        self._bar = tqdm(
-            total=to_ask,
-            unit="answer",
-            disable=True if quiet else None,
-            dynamic_ncols=True,
-        )
-
-    def answered(self, answer: Answer) -> None:
-        """One answer came back, usable or not."""
-        self.stamps.append(time.monotonic())
-        if answer.usable:
-            self._described += 1
-            self._bar.update()
-        self._show()
-
-    def image_done(self, failed: bool) -> None:
-        """One image is complete, or given up for this run."""
-        self._done += not failed
-        self._failed += failed
-        self._bar.set_postfix_str(
-            f"images {self._done}/{self._images}, {self._failed} failed"
-        )
-
-    def line(self) -> str:
-        """Where the run stands, in one line."""
-        each = (time.monotonic() - self.stamps[0]) / max(self._described, 1)
-        left = timedelta(seconds=round((self._to_ask - self._described) * each))
-        return (
-            f"images {self._done}/{self._images} · descriptions "
-            f"{self._described}/{self._to_ask} · failed {self._failed} · {each:.2f} s "
-            f"each · {left} left"
-        )
-
-    def _show(self) -> None:
-        if self._bar.disable and time.monotonic() - self._shown >= PLAIN_LINE_S:
-            self._shown = time.monotonic()
-            log.info("%s", self.line())
-
-    def close(self) -> None:
-        """End the bar, or say the last line."""
-        self._bar.close()
-        if self._bar.disable:
-            log.info("%s", self.line())
-
-
-def alternating(images: Sequence[LabelledImage]) -> list[LabelledImage]:
-    """First of each class, second of each …: no change in time looks like a class."""
-    classes: dict[str, list[LabelledImage]] = {}
-    for image in images:
-        classes.setdefault(image.label, []).append(image)
-    rounds = chain.from_iterable(zip_longest(*classes.values()))
-    return [image for image in rounds if image is not None]
-
-
-def open_work(image: LabelledImage, book: AnswerBook, cfg: Config) -> tuple[int, int]:
-    """Questions without an answer, and answers without a vector."""
-    answers = book.of(image)
-    chosen = [answers.chosen(q) for q in questions_for(image.label, cfg)]
-    texts = [answer.text for answer in chosen if answer is not None]
-    return chosen.count(None), sum(answers.vector(text) is None for text in texts)
-
-
-class Describing:
-    """Asks and embeds all that is open; failures are kept by image id."""
-
-    def __init__(
-        self,
-        images: Sequence[LabelledImage],
-        servers: Sequence[VlmServer],
-        book: AnswerBook,
-        cfg: Config,
-    ) -> None:
-        self._servers, self._book, self._cfg = servers, book, cfg
-        work = [(image, open_work(image, book, cfg)) for image in alternating(images)]
-        todo = [(image, unasked) for image, (unasked, bare) in work if unasked or bare]
-        self._todo = [image for image, unasked in todo if unasked or not cfg.estimate]
-        self._open_images = len(todo)
-        self._to_ask = sum(unasked for _, unasked in todo)
-        self._slots = utils.slots_of(cfg, servers)
-        self._sight = utils.SightTest(self._slots, book)
-        self._tests_sight = not (cfg.no_sight_test or cfg.estimate)
-        self.failures: dict[str, str] = {}
-        total = sum(len(questions_for(image.label, cfg)) for image in images)
-        done = total - self._to_ask
-        log.info("answers: %d in the journal, %d to ask", done, self._to_ask)
-        finished = len(images) - len(todo)
-        self._progress = Progress(len(images), finished, self._to_ask, cfg.quiet)
-
-    async def run(self) -> None:
-        """Go through the images, once or twice.
-
-        Where the server can't hold both models at once, all embeddings come at the end:
-        else each image would have one model loaded and the other dropped, twice.
-        """
-        try:
-            with logging_redirect_tqdm():
-                if self._cfg.estimate:
-                    self._todo = self._todo[: len(self._slots)]
-                elif self._tests_sight and self._is_anything_open():
-                    await self._sight.run(self._cfg.any_host)
-                if not (self._cfg.estimate or self._book.facts.both_loaded):
-                    await self._go_through(embed=False)
-                await self._go_through(embed=True)
-                if self._tests_sight and self._sight.is_open:
-                    await self._sight.run()
-        finally:
-            self._progress.close()
-        if self._sight.seconds:
-            log.info("sight tests: %.0f s", self._sight.seconds)
-        if self._cfg.estimate:
-            slots = len(self._slots)
-            open_ = self._open_images, self._to_ask
-            print(estimate(self._progress.stamps, self._servers, *open_, slots))
-
-    def _is_anything_open(self) -> bool:
-        """Questions of this run, or answers of a killed one that no test confirmed."""
-        book = self._book
-        return bool(self._todo or book.answers_since(book.last_pass()))
-
-    async def _go_through(self, embed: bool) -> None:
-        good = [image for image in self._todo if image.image_id not in self.failures]
-        work = partial(self._work, embed)
-        between = self._sight.when_due if self._tests_sight else None
-        await utils.image_by_image(good, as_labelled, work, self._slots, between)
-
-    async def _work(
-        self, embed: bool, image: LabelledImage, seen: PreparedImage | str, turn: Turn
-    ) -> None:
-        answers, told = self._book.of(image), self._progress.answered
-        asked = questions_for(image.label, self._cfg)
-        if self._cfg.estimate:
-            asked = [q for q in asked if not answers.chosen(q)][:ESTIMATE_QUESTIONS]
-        try:
-            if isinstance(seen, str):
-                raise RejectedError(seen)
-            await utils.ask(seen, asked, answers, turn, embed=embed, told=told)
-        except RejectedError as error:
-            self.failures[image.image_id] = str(error)
-        failed = image.image_id in self.failures
-        log.debug("%s: %s", image.path, self.failures.get(image.image_id, "described"))
-        if embed or failed:
-            self._progress.image_done(failed)
-
-
-def as_labelled(image: LabelledImage) -> PreparedImage | str:
-    """The picture that was identified, or why it is not there any more."""
-    try:
-        picture = utils.prepare_image(image.path)
-    except RejectedError as error:
-        return str(error)
-    if picture.view_id != image.view_id:
-        return "changed while the run went on: run again"
-    return picture
-
-
-def estimate(
-    stamps: Sequence[float],
-    servers: Sequence[VlmServer],
-    open_images: int,
-    to_ask: int,
-    slots: int,
-) -> str:
-    """The expected duration by the wall clock of the few answers just measured.
-
-    The first answers about an image wait for its encoding; the others do not.
-    """
-    measured = len(stamps) - 1
-    if not measured:
-        return "estimate: nothing is left to ask"
-    gaps = np.sort(np.diff(stamps))[::-1] * slots
-    first, others = gaps[:slots], gaps[slots:]
-    each = float(np.mean(others if others.size else first))
-    extra = max(0.0, float(np.mean(first)) - each)
-    vlm_s = (to_ask * each + open_images * extra) / slots
-    embed_s = sum(s.embedding_s for s in servers) / len(servers) / measured * to_ask
-    overlap = all(server.facts.both_loaded for server in servers)
-    both = max(vlm_s, embed_s) if overlap else vlm_s + embed_s
-    end = datetime.now().astimezone() + timedelta(seconds=both)
-    return (
-        f"estimate: {to_ask} descriptions of {open_images} images take about "
-        f"{timedelta(seconds=round(both))}, until {end:%Y-%m-%d %H:%M} if started now "
-        f"(measured on {measured}; {each / slots:.2f} s each, "
-        f"{extra / slots:.2f} s more per image)"
-    )
-
-
 def announce(
     cfg: Config,
     servers: Sequence[VlmServer],
     images: Sequence[LabelledImage],
     book: AnswerBook,
 ) -> None:
-    """Say what will be done, with what, and what would make it faster."""
+    """Say what will be done, with what, and what would make it better."""
     per_class = Counter(image.label for image in images)
     classes = ", ".join(f"{label} {count}" for label, count in per_class.items())
     log.info("images: %d (%s)", len(images), classes)
@@ -447,56 +250,205 @@ def announce(
     )
     for note in book.notes:
         log.warning("note: %s", note)
-    for hint in _hints(cfg, facts):
+    hints = {
+        "the server doesn't keep both models in memory, so all embeddings come last; "
+        "OLLAMA_MAX_LOADED_MODELS=2 on the server lets them overlap": (
+            not facts.both_loaded and cfg.vlm != cfg.embed_model
+        ),
+        "a GPU can describe several images at once: start the server with "
+        "OLLAMA_NUM_PARALLEL=4 and add --server-parallel 4": (
+            facts.gpu_share == 1 and cfg.server_parallel == 1
+        ),
+    }
+    for hint in (text for text, is_so in hints.items() if is_so):
         log.info("hint: %s", hint)
 
 
-def _hints(cfg: Config, facts: ServerFacts) -> Iterator[str]:
-    if not facts.both_loaded and cfg.vlm != cfg.embed_model:
-        yield (
-            "the server doesn't keep both models in memory, so all embeddings come "
-            "last; OLLAMA_MAX_LOADED_MODELS=2 on the server lets them overlap"
+def open_images(
+    images: Sequence[LabelledImage], book: AnswerBook, cfg: Config
+) -> list[tuple[LabelledImage, int]]:
+    """Those without all answers and vectors, and how many questions are unasked.
+
+    First of each class, second of each …: no change in time looks like a class.
+    """
+    classes: dict[str, list[LabelledImage]] = {}
+    for image in images:
+        classes.setdefault(image.label, []).append(image)
+    found = []
+    for image in filter(None, chain.from_iterable(zip_longest(*classes.values()))):
+        answers = book.of(image.picture)
+        chosen = [answers.chosen(q) for q in questions_for(image.label, cfg)]
+        if not all(
+            answer and answers.vector(answer.text) is not None for answer in chosen
+        ):
+            found.append((image, chosen.count(None)))
+    return found
+
+
+class Progress:
+    """A bar on a terminal, else a plain line now and then and a last one."""
+
+    def __init__(self, images: int, done: int, to_ask: int, quiet: bool) -> None:
+        self._images, self._done, self._failed = images, done, 0
+        self._started = self._shown = time.monotonic()
+        self._described, self._to_ask = 0, to_ask
+        self._bar = tqdm(
+            total=to_ask,
+            unit="answer",
+            disable=True if quiet else None,
+            dynamic_ncols=True,
         )
-    if 0 < facts.gpu_share < 1:
-        yield "the VLM lies partly on the CPU: free memory of the GPU for it"
-    if facts.gpu_share == 1 and cfg.server_parallel == 1:
-        yield (
-            "a GPU can describe several images at once: start the server with "
-            "OLLAMA_NUM_PARALLEL=4 and add --server-parallel 4"
+
+    def answered(self, answer: Answer) -> None:
+        """One answer came back, usable or not."""
+        self._described += answer.usable
+        self._bar.update(answer.usable)
+        if time.monotonic() - self._shown >= PLAIN_LINE_S:
+            self._say()
+
+    def image_done(self, failed: bool) -> None:
+        """One image is complete, or given up for this run."""
+        self._done += not failed
+        self._failed += failed
+        self._bar.set_postfix_str(
+            f"images {self._done}/{self._images}, {self._failed} failed"
         )
+
+    def _say(self) -> None:
+        if not self._bar.disable:
+            return
+        self._shown = time.monotonic()
+        each = (self._shown - self._started) / max(self._described, 1)
+        left = timedelta(seconds=round((self._to_ask - self._described) * each))
+        log.info(
+            "images %d/%d · descriptions %d/%d · failed %d · %.2f s each · %s left",
+            *(self._done, self._images, self._described, self._to_ask, self._failed),
+            *(each, left),
+        )
+
+    def close(self) -> None:
+        """End the bar, or say the last line."""
+        self._bar.close()
+        self._say()
+
+
+async def describe(
+    images: Sequence[LabelledImage],
+    servers: Sequence[VlmServer],
+    book: AnswerBook,
+    cfg: Config,
+) -> dict[str, str]:
+    """Ask and embed all that is open.
+
+    Where the server can't hold both models at once, all embeddings come at the end:
+    else each image would have one model loaded and the other dropped, twice.
+
+    Returns
+    -------
+    dict of str
+        By image id, why an image could not be described.
+    """
+    slots, failures = utils.slots_of(cfg, servers), dict[str, str]()
+    sight = None if cfg.no_sight_test else utils.SightTest(slots, book)
+    todo = open_images(images, book, cfg)
+    if sight and (todo or book.unconfirmed()):
+        await sight.run(cfg.any_host)
+        todo = open_images(images, book, cfg)
+    to_ask = sum(unasked for _, unasked in todo)
+    in_all = sum(len(questions_for(image.label, cfg)) for image in images)
+    log.info("answers: %d in the journal, %d to ask", in_all - to_ask, to_ask)
+    progress = Progress(len(images), len(images) - len(todo), to_ask, cfg.quiet)
+
+    async def work(
+        image: LabelledImage, seen: PreparedImage | str, turn: Turn, embed: bool
+    ) -> None:
+        answers, asked = book.of(image.picture), questions_for(image.label, cfg)
+        told = progress.answered
+        try:
+            if isinstance(seen, str):
+                raise RejectedError(seen)
+            await utils.ask(seen, asked, answers, turn, embed=embed, told=told)
+        except RejectedError as error:
+            failures[image.image_id] = str(error)
+        failed = image.image_id in failures
+        log.debug("%s: %s", image.path, failures.get(image.image_id, "described"))
+        if embed or failed:
+            progress.image_done(failed)
+
+    between = sight.when_due if sight else None
+    try:
+        with logging_redirect_tqdm():
+            for embed in (True,) if book.facts.both_loaded else (False, True):
+                good = [image for image, _ in todo if image.image_id not in failures]
+                step = partial(work, embed=embed)
+                await utils.image_by_image(good, as_labelled, step, slots, between)
+    finally:
+        progress.close()
+    if sight:
+        await sight.when_due(answers=1)
+        log.info("sight tests: %.0f s", sight.seconds)
+    return failures
+
+
+def as_labelled(image: LabelledImage) -> PreparedImage | str:
+    """The picture that was identified, or why it is not there any more."""
+    try:
+        picture = utils.prepare_image(image.path)
+    except RejectedError as error:
+        return str(error)
+    if picture.view_id != image.picture.view_id:
+        return "changed while the run went on: run again"
+    return picture
+
+
+async def estimate(
+    images: Sequence[LabelledImage],
+    servers: Sequence[VlmServer],
+    book: AnswerBook,
+    cfg: Config,
+) -> str:
+    """Ask a few open questions as ever; how long will all that are open take?
+
+    By the wall clock: the first answer about an image waits for its encoding, the
+    others do not. Embeddings, a small part, are left out.
+    """
+    todo = [(image, n) for image, n in open_images(images, book, cfg) if n]
+    if not todo:
+        return "estimate: nothing is left to ask"
+    slots, clocks = utils.slots_of(cfg, servers), list[list[float]]()
+
+    async def work(image: LabelledImage, seen: PreparedImage | str, turn: Turn) -> None:
+        answers, clock = book.of(image.picture), [time.monotonic()]
+        asked = [q for q in questions_for(image.label, cfg) if not answers.chosen(q)]
+        clocks.append(clock)
+        with suppress(RejectedError):  # the run will list it
+            if not isinstance(seen, str):
+                await utils.ask(
+                    *(seen, asked[:ESTIMATE_QUESTIONS], answers, turn),
+                    told=lambda _: clock.append(time.monotonic()),
+                )
+
+    some = [image for image, _ in todo[: len(slots)]]
+    await utils.image_by_image(some, as_labelled, work, slots)
+    gaps = [np.diff(clock) for clock in clocks if len(clock) > 1]
+    if not gaps:
+        raise PipelineError(
+            "no open image could be asked about: see its reason in a run"
+        )
+    first = float(np.mean([gap[0] for gap in gaps]))
+    others = np.concatenate([gap[1:] for gap in gaps])
+    each = float(np.mean(others)) if others.size else first
+    extra, to_ask = max(0.0, first - each), sum(n for _, n in todo)
+    took = timedelta(seconds=round((to_ask * each + len(todo) * extra) / len(slots)))
+    return (
+        f"estimate: {to_ask} descriptions of {len(todo)} images take about {took}, "
+        f"until {datetime.now().astimezone() + took:%Y-%m-%d %H:%M} if started now "
+        f"(measured on {sum(map(len, gaps))}; {each / len(slots):.2f} s each, "
+        f"{extra / len(slots):.2f} s more per image)"
+    )
 
 
 # --- The dataset --------------------------------------------------------------------
-
-
-@dataclass
-class Quality:
-    """Per prompt: answers, and how many were cut, repeated or asked anew.
-
-    "repeated" counts answers that another image got in the same words, in whatever
-    order: a prompt that the VLM answers without looking.
-    """
-
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-    _texts: dict[str, Counter[int]] = field(default_factory=dict)
-
-    def add(
-        self, question: Question, attempts: Sequence[Answer], chosen: Answer
-    ) -> None:
-        """Count one row."""
-        count = self.counts.setdefault(question.prompt, Counter())
-        count["answers"] += 1
-        count[chosen.problem or "whole"] += 1
-        count["asked_anew"] += len(attempts) - 1
-        words = hash(frozenset(chosen.text.lower().split()))
-        self._texts.setdefault(question.prompt, Counter())[words] += 1
-
-    def as_dict(self) -> dict[str, dict[str, int]]:
-        """For the manifest."""
-        for prompt, same in self._texts.items():
-            repeated = sum(n for n in same.values() if n > 1)
-            self.counts[prompt]["repeated"] = repeated
-        return {prompt: dict(count) for prompt, count in self.counts.items()}
 
 
 def write_dataset(
@@ -509,10 +461,11 @@ def write_dataset(
     dict
         The manifest.
     """
-    folder, quality = cfg.folder("dataset_dir"), Quality()
+    folder, quality = cfg.folder("dataset_dir"), dict[str, Counter[str]]()
+    same_words: Counter[tuple[str, int]] = Counter()
     labels = [i.label for i in images for _ in questions_for(i.label, cfg)]
     shape = (len(labels), book.facts.probe.size)
-    image_lines = []
+    image_lines, row = list[dict[str, object]](), 0
     with ExitStack() as files:
         x = files.enter_context(utils.atomic_write(folder / config.DATASET_X))
         table = files.enter_context(utils.atomic_write(folder / config.DATASET_ROWS))
@@ -521,18 +474,15 @@ def write_dataset(
         text = utils.csv_text(table)
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(ROW_COLUMNS)
-        row = 0
         for image in images:
-            answers = book.of(image)
+            answers, asked = book.of(image.picture), questions_for(image.label, cfg)
             file = image.path.relative_to(cfg.folder("labelled_dir")).as_posix()
+            x.write(answers.rows(asked).astype("<f4").tobytes())
             used = []
-            for question in questions_for(image.label, cfg):
+            for question in asked:
                 attempts = answers.attempts(question)
                 chosen = utils.chosen_answer(attempts)
                 assert chosen is not None  # the images are complete
-                vector = answers.vector(chosen.text)
-                assert vector is not None
-                x.write(vector.astype("<f4").tobytes())
                 seed = question.seed(image.image_id, attempts.index(chosen))
                 writer.writerow(
                     (
@@ -541,7 +491,12 @@ def write_dataset(
                         *(seed, chosen.text),
                     )
                 )
-                quality.add(question, attempts, chosen)
+                tally = quality.setdefault(question.prompt, Counter())
+                tally["answers"] += 1
+                tally[chosen.problem or "whole"] += 1
+                tally["asked_anew"] += len(attempts) - 1
+                words = frozenset(chosen.text.lower().split())
+                same_words[question.prompt, hash(words)] += 1
                 used.append(chosen)
                 row += 1
             image_lines.append(image_line(image, file, used))
@@ -551,6 +506,9 @@ def write_dataset(
     with utils.atomic_write(folder / config.DATASET_PIXELS) as pixels:
         np.save(pixels, np.array([image.statistics for image in images]))
     utils.write_csv(folder / config.DATASET_IMAGES, IMAGE_COLUMNS, image_lines)
+    for (prompt, _), times in same_words.items():
+        # In the same words, in whatever order, about several images: without looking.
+        quality[prompt]["repeated"] += times if times > 1 else 0
     return manifest(images, shape, quality, book, cfg)
 
 
@@ -562,7 +520,7 @@ def image_line(
     versions = {str(a.record.get("server_version") or "") for a in used} - {""}
     return {
         **{"image_id": image.image_id, "file": file, "class": image.label},
-        **image.header,
+        **image.picture.header,
         "first_answer": times[0] if times else "",
         "last_answer": times[-1] if times else "",
         "server_versions": " ".join(sorted(versions)),
@@ -572,7 +530,7 @@ def image_line(
 def manifest(
     images: Sequence[LabelledImage],
     shape: tuple[int, int],
-    quality: Quality,
+    quality: Mapping[str, Mapping[str, int]],
     book: AnswerBook,
     cfg: Config,
 ) -> dict[str, Any]:
@@ -594,44 +552,35 @@ def manifest(
             "features": shape[1],
             "images_per_class": dict(Counter(i.label for i in images)),
         },
-        "quality_per_prompt": quality.as_dict(),
+        "quality_per_prompt": {
+            prompt: dict(tally) for prompt, tally in quality.items()
+        },
         "probe_vector": utils.pack_vector(book.facts.probe),
         "sha256": {name: utils.sha256_of(folder / name) for name in (*files, *lists)},
     }
 
 
-def summary(folder: Path, made: Mapping[str, Any], rejections: Rejections) -> str:
+def summary(folder: Path, made: Mapping[str, Any], left_out: int) -> Iterator[str]:
     """The last lines of a run: what was written, what is missing, what comes next."""
-    counts = made["counts"]
+    counts, quality = made["counts"], made["quality_per_prompt"]
     classes = ", ".join(f"{k} {v}" for k, v in counts["images_per_class"].items())
-    lines = [
+    yield (
         f"dataset: {counts['images']} images ({classes}), {counts['rows']} rows of "
         f"{counts['features']} numbers in {folder}"
-    ]
-    problems: Counter[str] = Counter()
-    for prompt_counts in made["quality_per_prompt"].values():
-        problems.update(prompt_counts)
-    lines.append(
-        "answers: "
-        + ", ".join(
-            f"{problems[name]} {name.replace('_', ' ')}"
-            for name in ("whole", "cut", "repeated", "asked_anew")
-        )
     )
-    lines += weak_prompts(made["quality_per_prompt"])
-    if rejections.rows:
+    in_all = sum(map(Counter, quality.values()), Counter[str]())
+    yield (
+        f"answers: {in_all['whole']} whole, {in_all['cut']} cut, "
+        f"{in_all['repeated']} repeated, {in_all['asked_anew']} asked anew"
+    )
+    for prompt, tally in quality.items():  # with some the VLM can do little
+        bad = max(tally.get("cut", 0), tally.get("repeated", 0))
+        if bad > tally["answers"] / 2:
+            yield f"{bad} of {tally['answers']} cut or repeated: {prompt}"
+    if left_out:
         listed = folder / config.REJECTED_LIST
-        lines.append(f"left out: {len(rejections.rows)} files, listed in {listed}")
-    lines.append("next: python fase3_entrenamiento_svc.py")
-    return "\n".join(lines)
-
-
-def weak_prompts(quality: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """The prompts with which the VLM can do little: most answers cut or repeated."""
-    for prompt, count in quality.items():
-        bad = max(count.get("cut", 0), count.get("repeated", 0))
-        if bad > count["answers"] / 2:
-            yield f"{bad} of {count['answers']} cut or repeated: {prompt}"
+        yield f"left out: {left_out} files, listed in {listed}"
+    yield "next: python fase3_entrenamiento_svc.py"
 
 
 # --- The phase ----------------------------------------------------------------------
@@ -639,102 +588,85 @@ def weak_prompts(quality: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
 
 def run(cfg: Config) -> int:
     """Scan, ask, embed, write; 0 when every image is in the dataset, else 1."""
-    folder, journal = (
-        cfg.folder("dataset_dir"),
-        cfg.folder("dataset_dir") / config.JOURNAL_DIR,
-    )
+    if cfg.sight_test_only:
+        utils.run_async(utils.only_sight(cfg, log.info, print))
+        return utils.EXIT_DONE
+    folder, rejections = cfg.folder("dataset_dir"), Rejections()
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    rejections, failures = Rejections(), dict[str, str]()
     paths = labelled_files(cfg.folder("labelled_dir"), rejections)
-    servers: list[VlmServer] = []
     held = f"another run of phase 2 works on {folder}: wait for it to end"
     with utils.lock(folder / ".fase2.lock", held):
-        journal.mkdir(exist_ok=True)
+        (folder / config.JOURNAL_DIR).mkdir(exist_ok=True)
         if cfg.finished_only:
             images, book = finished(paths, cfg, rejections)
+            failures, said = dict[str, str](), list[str]()
         else:
-            images, book, failures, servers = utils.run_async(
-                interview(paths, cfg, rejections)
-            )
+            ask = interview(paths, cfg, rejections)
+            images, book, failures, said = utils.run_async(ask)
         if cfg.estimate:
+            print(*said)
             return utils.EXIT_DONE
-        complete = [image for image in images if not any(open_work(image, book, cfg))]
-        done = {image.image_id for image in complete}
-        for image in images:
-            if image.image_id not in done:
-                reason = failures.get(image.image_id, "has not all its descriptions")
-                rejections.add(image.path, reason, failed=not cfg.finished_only)
+        left = {image.image_id for image, _ in open_images(images, book, cfg)}
+        for image in (image for image in images if image.image_id in left):
+            why = failures.get(image.image_id, "has not all its descriptions")
+            rejections.add(image.path, why, failed=not cfg.finished_only)
         (folder / config.MANIFEST).unlink(missing_ok=True)
-        utils.write_csv(
-            folder / config.REJECTED_LIST, ("file", "reason"), rejections.rows
-        )
-        if not complete:
-            raise PipelineError(
-                "no image has all its descriptions: see "
-                f"{folder / config.REJECTED_LIST}"
-            )
+        listed = folder / config.REJECTED_LIST
+        utils.write_csv(listed, ("file", "reason"), rejections.rows)
+        if not (complete := [image for image in images if image.image_id not in left]):
+            raise PipelineError(f"no image has all its descriptions: see {listed}")
         made = write_dataset(complete, book, cfg)
         if cfg.finished_only:
             made["finished_only"] = {"images": len(complete), "labelled": len(images)}
         utils.write_json(folder / config.MANIFEST, made)
-    print(*utils.work_done(servers), summary(folder, made, rejections), sep="\n")
+    print(*said, *summary(folder, made, len(rejections.rows)), sep="\n")
     return utils.EXIT_SOME_FAILED if rejections.failed else utils.EXIT_DONE
 
 
 def finished(
     paths: Sequence[Path], cfg: Config, rejections: Rejections
 ) -> tuple[list[LabelledImage], AnswerBook]:
-    """What --finished-only goes by: the journal alone."""
+    """What --finished-only goes by: the journal alone, and the server it saw last."""
     journal = cfg.folder("dataset_dir") / config.JOURNAL_DIR
-    images = identify(paths, cfg, rejections)
-    book = AnswerBook(journal, cfg, last_server(journal))
-    warn_of_own_answers(images, book)
-    unconfirmed = len(book.answers_since(book.last_pass()))
-    if unconfirmed and not cfg.no_sight_test:
-        log.warning("warning: no sight test has confirmed %d answers", unconfirmed)
-    return images, book
-
-
-def last_server(journal: Path) -> ServerFacts:
-    """The server that the journal saw last, for --finished-only."""
     last = utils.Journal(journal / AnswerBook.SERVERS).get("last") or {}
     names = ("version", "vlm_digest", "embedder_digest")
     if not {*names, "probe"} <= set(last):
         raise PipelineError(
             f"{journal} holds no answer yet: run without --finished-only"
         )
-    probe = utils.unpack_vector(last["probe"])
-    version, vlm_digest, embedder_digest = (last[name] for name in names)
-    return ServerFacts(version, vlm_digest, embedder_digest, probe)
+    images, probe = identify(paths, cfg, rejections), utils.unpack_vector(last["probe"])
+    facts = ServerFacts(**{name: last[name] for name in names}, probe=probe)
+    book = AnswerBook(journal, cfg, facts)
+    warn(images, book)
+    if not cfg.no_sight_test and (unconfirmed := book.unconfirmed()):
+        log.warning("warning: no sight test has confirmed %d answers", unconfirmed)
+    return images, book
 
 
 async def interview(
     paths: Sequence[Path], cfg: Config, rejections: Rejections
-) -> tuple[list[LabelledImage], AnswerBook, dict[str, str], list[VlmServer]]:
-    """See to the servers, read the files, ask all that is open."""
+) -> tuple[list[LabelledImage], AnswerBook, dict[str, str], list[str]]:
+    """See to the servers, read the files, ask all that is open.
+
+    Returns
+    -------
+    The images, the answers, why an image has not all of them (by its id), and what is
+    to be said: the estimate, or what each of several servers did.
+    """
     folder = cfg.folder("dataset_dir")
     async with utils.open_servers(cfg, log.info) as named:
-        # One that isn't there shows before files are read.
-        found = await utils.passing(named, lambda server: server.check_models(), cfg)
+        servers, facts = await utils.preflight(named, cfg)
         images = identify(paths, cfg, rejections)
-        warn_of_counts(images)
-        servers, facts = await utils.preflight(found, cfg)
         book = AnswerBook(folder / config.JOURNAL_DIR, cfg, facts)
         announce(cfg, servers, images, book)
-        warn_of_own_answers(images, book)
-        if not cfg.estimate:
-            # The dataset will change: until it is whole again it has no manifest.
-            (folder / config.MANIFEST).unlink(missing_ok=True)
-        describing = Describing(images, servers, book, cfg)
-        await describing.run()
-        return images, book, describing.failures, servers
-
-
-def show_sight(cfg: Config) -> int:
-    """Run the sight test alone and print every distance."""
-    utils.run_async(utils.only_sight(cfg, log.info, print))
-    return utils.EXIT_DONE
+        warn(images, book)
+        if cfg.estimate:
+            return images, book, {}, [await estimate(images, servers, book, cfg)]
+        # The dataset will change: until it is whole again it has no manifest.
+        (folder / config.MANIFEST).unlink(missing_ok=True)
+        failures = await describe(images, servers, book, cfg)
+        return images, book, failures, [*utils.work_done(servers)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -742,8 +674,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg, _ = config.parse_config(2, __doc__ or "", argv)
     utils.start_logging(log, cfg)
     kept = "every answer so far is kept; the same command goes on with it"
-    phase = show_sight if cfg.sight_test_only else run
-    return utils.exit_code(lambda: phase(cfg), log.error, kept)
+    return utils.exit_code(lambda: run(cfg), log.error, kept)
 
 
 if __name__ == "__main__":

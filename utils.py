@@ -27,7 +27,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -49,11 +49,11 @@ from contextlib import (
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 from socket import gethostname
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import filelock
@@ -1497,9 +1497,6 @@ def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
 TEXT_ATTEMPTS = 3
 """Seeds tried for one question before its image is given up for this run."""
 
-EMBED_CHUNK = 32
-"""Texts per embedding request: a list saves round trips but fails as a whole."""
-
 CONNECT_S, ANSWER_S, LOAD_S = 5.0, 600.0, 900.0
 """Seconds to reach the server, to wait for one answer, and for a model to load.
 
@@ -1510,11 +1507,9 @@ prompt, and the request behind it waits for its turn.
 TRIES, FIRST_PAUSE_S = 5, 0.5
 """A failed request is tried so often; the pause before it doubles with each one."""
 
-GIVE_UP_AFTER = 8
-"""Requests given up in a row, none answered between, that stop the run."""
-
 BAD_ANSWERS = 12
-"""So many unusable answers in a row, or half of as many first ones, stop the run."""
+"""So many unusable answers, or requests given up, in a row, or more than half of as
+many first ones, stop the run."""
 
 WORTH_AN_ENCODE = 6
 """Open questions of an image for which an idle slot takes it in."""
@@ -1686,15 +1681,6 @@ def unpack_vector(text: str) -> NDArray[np.float32]:
 # What was answered: the journal folder, shared by phases 2 and 4.
 
 
-class Identified(Protocol):
-    """An image by the digests of its pixels and of its picture."""
-
-    @property
-    def image_id(self) -> str: ...
-    @property
-    def view_id(self) -> str: ...
-
-
 class AnswerBook:
     """The folder of answers: one journal per image, and one of the servers seen.
 
@@ -1715,8 +1701,6 @@ class AnswerBook:
     ) -> None:
         self.folder, self.facts = folder, facts
         self.prefix, self.options = embed_prefix(cfg), vlm_options(cfg)
-        self.unconfirmed: dict[str, list[tuple[Journal, str]]] = defaultdict(list)
-        """By the server that answered."""
         self.kept = 0
         """Answers of this run."""
         self.distrusted: PipelineError | None = None
@@ -1757,89 +1741,93 @@ class AnswerBook:
             self.servers.add({"key": "last", **now})
         return engine
 
-    def last_pass(self) -> str:
-        """When a sight test was last passed, UTC in ISO 8601; "" for never."""
-        moment = (self.servers.get("sight") or {}).get("time")
-        with suppress(TypeError, ValueError):  # else a foreign line
-            return datetime.fromisoformat(str(moment)).isoformat(
-                timespec="milliseconds"
-            )
-        return ""
-
-    def answers_since(self, moment: str) -> list[tuple[Journal, str]]:
-        """Answers of whatever run later than a moment, UTC in ISO 8601."""
-        if self.folder is None:
-            return [one for some in self.unconfirmed.values() for one in some]
-        found = []
-        start = datetime.fromisoformat(moment).timestamp() if moment else 0.0
-        for path in self.folder.glob("?*.jsonl"):
-            if path.name != self.SERVERS and path.stat().st_mtime >= start - 2:
-                journal = self._open(path.name)
-                found += [
-                    (journal, key)
-                    for key, one in journal.items()
-                    if "prompt" in one and str(one.get("time") or "") > moment
-                ]
-        return found
-
-    def set_aside(self, moment: str) -> int:
-        """Forget the answers later than a moment, so that they are asked anew."""
-        found = self.answers_since(moment)
-        _take_back(found)
-        return len(found)
+    def of(self, image: PreparedImage) -> "ImageAnswers":
+        """What is known about one image."""
+        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
 
     def touch(self) -> None:
         """Raise OSError where nothing can be written."""
         self.servers.add()
 
-    def of(self, image: Identified) -> "ImageAnswers":
-        """What is known about one image."""
-        return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
+    @property
+    def last_pass(self) -> str:
+        """When a sight test was last passed, UTC in ISO 8601; "" for never."""
+        return str((self.servers.get("sight") or {}).get("time") or "")
+
+    def unconfirmed(self) -> int:
+        """Answers, of whatever run, since the last passed sight test."""
+        return sum(len(keys) for _, keys in self._since(self.last_pass))
+
+    def set_aside(
+        self, moment: str, server: str = "", why: PipelineError | None = None
+    ) -> int:
+        """Forget what was answered after the last moment at which all was well.
+
+        By one server or all. `why` ends the run: what is still in flight is not kept,
+        either. Returns how many answers will be asked anew.
+        """
+        self.distrusted, count = why, 0
+        for journal, keys in self._since(moment, server):
+            journal.add({"taken_back": keys})
+            count += len(keys)
+        return count
+
+    def _since(
+        self, moment: str, server: str = ""
+    ) -> Iterator[tuple[Journal, list[str]]]:
+        """The journals with answers after a moment, and the keys of those."""
+        start = datetime.fromisoformat(moment).timestamp() if moment else 0.0
+        for path in self.folder.glob("?*.jsonl") if self.folder else ():
+            # Only what was written since is read; FAT counts in steps of two seconds.
+            if path.name != self.SERVERS and path.stat().st_mtime >= start - 2:
+                journal = self._open(path.name)
+                keys = [
+                    key
+                    for key, one in journal.items()
+                    if "prompt" in one
+                    and str(one.get("time") or "") > moment
+                    and server in ("", one.get("server"))
+                ]
+                if keys:
+                    yield journal, keys
 
     async def confirm(self, server: "VlmServer") -> None:
-        """The models are still the same, so that the server's answers so far hold.
+        """See that a server's models are still the same, so that its answers hold.
 
         Raises
         ------
         ModelChangedError
-            Another model may have given the answers since the last time: forgotten.
+            Another model may have answered since the last time: that is set aside.
         """
-        unconfirmed = self.unconfirmed[server.url]
-        checked = len(unconfirmed)
+        moment = server.unchanged_at
         try:
             await server.check_unchanged()
         except ModelChangedError as error:
-            self.distrusted = error
-            _take_back(unconfirmed)
+            self.set_aside(moment, server.url, error)
             raise
-        del unconfirmed[:checked]
-
-
-def _take_back(answers: Iterable[tuple[Journal, str]]) -> None:
-    """Forget answers, with one line in each journal."""
-    keys: dict[Journal, list[str]] = defaultdict(list)
-    for journal, key in answers:
-        keys[journal].append(key)
-    for journal, some in keys.items():
-        journal.add({"taken_back": some})
 
 
 class ImageAnswers:
     """All answers about one image and their vectors, under the book's conditions."""
 
-    def __init__(self, book: AnswerBook, journal: Journal, image: Identified) -> None:
+    def __init__(
+        self, book: AnswerBook, journal: Journal, image: PreparedImage
+    ) -> None:
         self.book, self.journal, self._image = book, journal, image
 
     def attempts(self, question: Question) -> list[Answer]:
         """The answers to a question so far, in the order of their attempts."""
         found: list[Answer] = []
         while record := self.journal.get(self._key_of(question, len(found))):
-            answer = judged(record)
-            vector = self.journal.get(self._vector_key(answer.text))
-            if answer.usable and vector and not vector.get("vector"):
-                answer = replace(answer, problem="unembeddable")
-            found.append(answer)
+            found.append(self._judged(record))
         return found
+
+    def _judged(self, record: Mapping[str, Any]) -> Answer:
+        answer = judged(record)
+        vector = self.journal.get(self._vector_key(answer.text))
+        if answer.usable and vector and not vector.get("vector"):
+            answer = replace(answer, problem="unembeddable")
+        return answer
 
     def chosen(self, question: Question) -> Answer | None:
         """The answer that stands in the dataset, if there is one yet."""
@@ -1859,20 +1847,21 @@ class ImageAnswers:
         vectors = [self.vector(text) for text in self.texts(asked)]
         return np.stack([vector for vector in vectors if vector is not None])
 
-    def keep(self, question: Question, attempt: int, reply: Mapping[str, Any]) -> None:
-        """Keep what came back, usable or not."""
+    def keep(
+        self, question: Question, attempt: int, reply: Mapping[str, Any]
+    ) -> Answer:
+        """Keep what came back, usable or not, and judge it."""
         if self.book.distrusted:  # in flight when that was found out
             raise self.book.distrusted
-        key = self._key_of(question, attempt)
         asked = {
             "prompt_set": question.prompt_set,
             "prompt_index": question.index,
             "prompt": question.prompt,
             "seed": question.seed(self._image.image_id, attempt),
         }
-        self.journal.add({"key": key, **asked, **reply})
-        self.book.unconfirmed[reply.get("server", "")].append((self.journal, key))
+        self.journal.add({"key": self._key_of(question, attempt), **asked, **reply})
         self.book.kept += 1
+        return self._judged(reply)
 
     def keep_vectors(self, vectors: Mapping[str, NDArray[np.float32] | None]) -> None:
         """Keep the embeddings of texts; None where the embedder refuses one."""
@@ -1897,23 +1886,15 @@ def _key(*asked: object) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
+def _now() -> str:
+    """UTC in ISO 8601 with milliseconds: as text, later moments are larger."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 # Who is asked, and in which order.
 
 
-@dataclass
-class Slots:
-    """What the slots of all servers share."""
-
-    servers: Sequence["VlmServer"]
-    waiting: list["Interview"] = field(default_factory=list)
-    """Of every image that is being asked."""
-    source: Iterator[Any] = iter(())
-    """Items that nobody has taken."""
-    unfinished: int = 0
-    """Images that are taken and not done."""
-
-
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """What answers one image's questions at a time: a slot of an Ollama server.
 
@@ -1924,8 +1905,24 @@ class Slot:
     server: "VlmServer"
     lanes: int
     """Requests at once: to a single slot a second stands in the server's queue."""
-    shared: Slots
+    interviews: list["Interview"]
+    """Of all images that are being asked; the same list for all slots."""
     free: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def slots_of(cfg: config.Config, servers: Sequence["VlmServer"]) -> list[Slot]:
+    """The slots of the servers.
+
+    With several slots a second request of an image would go to another slot, and have
+    the image encoded again.
+    """
+    lanes = cfg.in_flight if cfg.server_parallel == 1 else 1
+    interviews: list[Interview] = []
+    return [
+        Slot(server, lanes, interviews)
+        for server in servers
+        for _ in range(cfg.server_parallel)
+    ]
 
 
 class Turn:
@@ -1941,17 +1938,6 @@ class Turn:
         if not self._over:
             self._over = True
             self.slot.free.release()
-
-
-def slots_of(cfg: config.Config, servers: Sequence["VlmServer"]) -> list[Slot]:
-    """The slots of the servers.
-
-    With several slots a second request of an image would go to another slot, and have
-    the image encoded again.
-    """
-    lanes = cfg.in_flight if cfg.server_parallel == 1 else 1
-    shared = Slots(servers)
-    return [Slot(s, lanes, shared) for s in servers for _ in range(cfg.server_parallel)]
 
 
 async def image_by_image(
@@ -1977,63 +1963,66 @@ async def image_by_image(
     between : async callable, optional
         Called before each image begins; it may take the slots for itself.
     """
-    slots[0].shared.source = iter(items)
+    order = _Order(iter(items), prepare, work, slots, between)
     async with asyncio.TaskGroup() as group:
         for slot in slots:
-            group.create_task(_serve(slot, prepare, work, between))
+            group.create_task(order.serve(slot))
 
 
-async def _serve(
-    slot: Slot,
-    prepare: Callable[[Item], Prepared],
-    work: Callable[[Item, Prepared, Turn], Awaitable[None]],
-    between: Callable[[], Awaitable[None]] | None,
-) -> None:
-    shared, room = slot.shared, asyncio.Semaphore(3)
-    none_left: Any = object()
+@dataclass
+class _Order:
+    """The state of one `image_by_image`."""
 
-    async def do(item: Item, prepared: Prepared) -> None:
+    source: Iterator[Any]
+    prepare: Callable[[Any], Any]
+    work: Callable[[Any, Any, Turn], Awaitable[None]]
+    slots: Sequence[Slot]
+    between: Callable[[], Awaitable[None]] | None
+    exhausted: bool = False
+    unfinished: int = 0
+    """Images of the source that are taken and not done."""
+    returned: deque[Any] = field(default_factory=deque)
+    """Those of them whose server went away."""
+
+    async def serve(self, slot: Slot) -> None:
+        room = asyncio.Semaphore(3)  # with the images that are only being embedded
+        async with asyncio.TaskGroup() as group:
+            while self.unfinished or not self.exhausted:
+                if slot.server.away:
+                    others_work = not all(one.server.away for one in self.slots)
+                    await slot.server.come_back(others_work)
+                elif (item := self._take()) is not None:
+                    prepared = await asyncio.to_thread(self.prepare, item)
+                    await room.acquire()
+                    async with slot.free:  # the image before has asked all
+                        pass
+                    if self.between:
+                        await self.between()
+                    await slot.free.acquire()
+                    group.create_task(self._do(item, prepared, slot, room))
+                elif not await Interview.help_out(slot):
+                    await asyncio.sleep(0.02)
+
+    def _take(self) -> Any:
+        if self.returned:
+            return self.returned.popleft()
+        item = next(self.source, None)
+        self.exhausted = item is None
+        self.unfinished += not self.exhausted
+        return item
+
+    async def _do(
+        self, item: Any, prepared: Any, slot: Slot, room: asyncio.Semaphore
+    ) -> None:
         turn = Turn(slot)
         try:
-            await work(item, prepared, turn)
+            await self.work(item, prepared, turn)
+            self.unfinished -= 1
         except ServerAwayError:
-            shared.source = chain((item,), shared.source)
+            self.returned.append(item)
         finally:
             turn.end()
             room.release()
-            shared.unfinished -= 1
-
-    async with asyncio.TaskGroup() as group:
-        while True:
-            if slot.server.away:
-                await slot.server.until_back(shared)
-            if (item := next(shared.source, none_left)) is not none_left:
-                shared.unfinished += 1
-                prepared = await asyncio.to_thread(prepare, item)
-                await room.acquire()
-                async with slot.free:  # the image before has asked all
-                    pass
-                if between:
-                    await between()
-                await slot.free.acquire()
-                group.create_task(do(item, prepared))
-            elif shared.unfinished:
-                await _help_out(slot)
-            else:
-                return
-
-
-async def _help_out(slot: Slot) -> None:
-    """An idle slot takes questions of an image that has many left."""
-    longest = max(slot.shared.waiting, key=lambda one: len(one.open), default=None)
-    if longest is None or len(longest.open) < WORTH_AN_ENCODE:
-        await asyncio.sleep(0.02)
-        return
-    async with slot.free:
-        while len(longest.open) > 1:
-            await longest.ask_next(slot)
-    with suppress(ServerAwayError):
-        await longest.book.confirm(slot.server)
 
 
 async def ask(
@@ -2061,22 +2050,22 @@ async def ask(
     RejectedError
         The server refuses the image, or no attempt gave a text that can be used.
     ServerAwayError
-        One of several servers left; what it had answered is kept.
+        A server left; what it had answered is kept.
     PipelineError
         The run can't go on: the server stays away, or a model was replaced.
     """
     server, book = turn.slot.server, answers.book
     for _ in range(2):  # a text that the embedder refuses is asked anew, once
         missing = [q for q in asked if answers.chosen(q) is None]
-        await Interview(picture, missing, answers, told).run(turn)
-        if missing:
-            await book.confirm(server)
-        texts = {t: None for t in answers.texts(asked) if answers.vector(t) is None}
-        if not embed or not texts:
-            return
+        interview = Interview(picture, missing, answers, told)
+        await interview.run(turn)
+        wanted = dict.fromkeys(answers.texts(asked) if embed else ())
+        texts = [text for text in wanted if answers.vector(text) is None]
         vectors = await server.embed([book.prefix + text for text in texts])
-        await book.confirm(server)
-        answers.keep_vectors(dict(zip(texts, vectors, strict=True)))
+        for one in {*interview.servers, *([server] if texts else [])}:
+            await book.confirm(one)
+        if texts:
+            answers.keep_vectors(dict(zip(texts, vectors, strict=True)))
         if all(vector is not None for vector in vectors):
             return
     raise RejectedError("a description can't be embedded: run again to ask anew")
@@ -2093,57 +2082,66 @@ class Interview:
         told: Callable[[Answer], object],
     ) -> None:
         self._picture, self._answers, self._told = picture, answers, told
-        self.book = answers.book
-        self.open, self._unanswered = deque(missing), len(missing)
-        self._over = asyncio.Event()
+        self._open = deque(missing)
+        self._lanes = asyncio.TaskGroup()
         self._failure: PipelineError | None = None
+        self.servers: set[VlmServer] = set()
+        """Those that were asked."""
 
     async def run(self, turn: Turn) -> None:
         """Ask all; ends the turn when the last question is under way."""
-        waiting = turn.slot.shared.waiting
-        waiting.append(self)
-        async with asyncio.TaskGroup() as group:
+
+        async def lane() -> None:
+            await self._ask_on(turn.slot)
+            if not turn.stays:
+                turn.end()
+
+        async with self._lanes:
             for _ in range(turn.slot.lanes):
-                group.create_task(self._lane(turn))
-        if self._unanswered:  # an idle slot still has one
-            await self._over.wait()
-        waiting.remove(self)
+                self._lanes.create_task(lane())
+            await asyncio.sleep(0)  # each has its question: idle slots may join
+            turn.slot.interviews.append(self)
+        turn.slot.interviews.remove(self)
         if self._failure:
             raise self._failure
 
-    async def _lane(self, turn: Turn) -> None:
-        while self.open:
-            await self.ask_next(turn.slot)
-        if not turn.stays:
-            turn.end()
+    @staticmethod
+    async def help_out(slot: Slot) -> bool:
+        """Let an idle slot take questions of the image that has most, if many."""
+        longest = max(slot.interviews, key=lambda one: len(one._open), default=None)
+        if longest is None or len(longest._open) < WORTH_AN_ENCODE:
+            return False
+        async with slot.free:
+            if longest._open:  # else its lanes may be over
+                lane = longest._lanes.create_task(longest._ask_on(slot))
+                await asyncio.wait([lane])
+        return True
 
-    async def ask_next(self, slot: Slot) -> None:
-        """Ask one question on this slot; after a failure the others are dropped."""
-        question = self.open.popleft()
-        try:
-            await self._until_usable(question, slot.server)
-        except (RejectedError, ServerAwayError) as error:
-            self._failure = error
-            self._unanswered -= len(self.open)
-            self.open.clear()
-        self._unanswered -= 1
-        if not self._unanswered:
-            self._over.set()
+    async def _ask_on(self, slot: Slot) -> None:
+        """Ask one after the other; a failure drops those that nobody has begun."""
+        while self._open:
+            question = self._open.popleft()
+            self.servers.add(slot.server)
+            try:
+                await self._until_usable(question, slot.server)
+            except PipelineError as error:
+                self._open.clear()
+                if not isinstance(error, (RejectedError, ServerAwayError)):
+                    raise
+                self._failure = error
 
     async def _until_usable(self, question: Question, server: "VlmServer") -> None:
         """Ask with one seed after another, and keep every answer."""
-        answers, picture = self._answers, self._picture
+        picture, said = self._picture, self._answers.attempts(question)
         for _ in range(TEXT_ATTEMPTS):
-            attempt = len(answers.attempts(question))
+            attempt = len(said)
             seed = question.seed(picture.image_id, attempt)
-            started = time.monotonic()
             reply = await server.answer(picture.png, question.prompt, seed)
-            server.count(started)
-            answers.keep(question, attempt, {**reply, "server": server.url})
-            answer = answers.attempts(question)[attempt]
-            server.note(answer, picture.image_id)
+            answer = self._answers.keep(question, attempt, reply)
+            server.note(answer.usable, picture.image_id, answer.text)
             self._told(answer)
-            if answers.chosen(question):
+            said.append(answer)
+            if chosen_answer(said):
                 return
         raise RejectedError(
             f"no usable answer to {question.prompt_set} prompt {question.index} "
@@ -2156,6 +2154,9 @@ class Interview:
 SIGHT_QUESTIONS, SIGHT_EVERY = 3, 1000
 """Questions asked of each of two pictures; answers between two tests."""
 
+Looks = NDArray[np.float32]
+"""Embedded answers about disc and bars, (n_slots, 2, n_questions, n_features)."""
+
 
 def sight_pictures() -> tuple[bytes, bytes]:
     """A bright disc on dark and dark bars on bright, PNG of the size of a picture."""
@@ -2164,6 +2165,33 @@ def sight_pictures() -> tuple[bytes, bytes]:
     disc = np.where(np.hypot(down, across) < side / 4, 230, 25)
     bars = np.where(across // 24 % 2, 30, 225)
     return _png(disc.astype(np.uint8)), _png(bars.astype(np.uint8))
+
+
+def sight_distances(looks: Looks, means: Looks | None = None) -> NDArray[np.float64]:
+    """How far each answer is from those about its own, and about the other picture.
+
+    Parameters
+    ----------
+    means : ndarray (2, n_features), optional
+        Mean answer about each picture. By default of the looks themselves, without the
+        answer in question.
+
+    Returns
+    -------
+    ndarray, float64 (n_slots, 2, n_questions, 2)
+        Cosine distances to its own picture's mean and to the other's; NaN where a text
+        has no embedding.
+    """
+    about = np.asarray(looks.sum(axis=(0, 2)) if means is None else means, np.float64)
+    other = about[None, ::-1, None]
+    own = about[None, :, None] - (looks if means is None else 0)
+    with np.errstate(invalid="ignore"):
+        cosines = [
+            np.sum(looks * mean, axis=-1)
+            / (np.linalg.norm(looks, axis=-1) * np.linalg.norm(mean, axis=-1))
+            for mean in (own, other)
+        ]
+    return 1 - np.stack(cosines, axis=-1)
 
 
 class SightTest:
@@ -2180,11 +2208,10 @@ class SightTest:
         self._slots, self._book, self._one_at_a_time = slots, book, asyncio.Lock()
         self._counted, self.seconds = 0, 0.0
         self.found: list[NDArray[np.float64]] = []
-        """Of each slot's answers, the distances of the last test: see `run`."""
+        """The distances of the last test: see `run`."""
 
     @property
-    def _seen(self) -> dict[str, Any]:
-        """Who is tested."""
+    def _tested(self) -> dict[str, Any]:
         servers = {slot.server.url: slot.server for slot in self._slots}
         facts = [one.facts for one in servers.values()]
         return {
@@ -2196,19 +2223,20 @@ class SightTest:
 
     def is_recent(self, answers: int, minutes: float) -> bool:
         """Whether these very slots passed so short a time, and so few answers, ago."""
-        last = self._book.servers.get("sight") or {}
-        passed = self._book.last_pass()
-        if not self._seen.items() <= last.items() or not passed:
+        last, book = self._book.servers.get("sight") or {}, self._book
+        if not (book.last_pass and self._tested.items() <= last.items()):
             return False
-        age = datetime.now(UTC) - datetime.fromisoformat(passed)
-        since = len(self._book.answers_since(passed))
-        return age < timedelta(minutes=minutes) and since < answers
+        age = datetime.now(UTC) - datetime.fromisoformat(book.last_pass)
+        return age < timedelta(minutes=minutes) and book.unconfirmed() < answers
 
-    async def when_due(self) -> None:
-        """Test again after SIGHT_EVERY answers, a reconnect or a change of version."""
+    async def when_due(self, answers: int = 0) -> None:
+        """Test again after a reconnect, a change of version or so many answers.
+
+        By default after SIGHT_EVERY of them.
+        """
         async with self._one_at_a_time:
             changed = any(slot.server.changed for slot in self._slots)
-            if changed or self._book.kept - self._counted >= SIGHT_EVERY:
+            if changed or self._book.kept - self._counted >= (answers or SIGHT_EVERY):
                 await self.run()
 
     async def run(self, may_drop: bool = False) -> list[NDArray[np.float64]]:
@@ -2223,130 +2251,99 @@ class SightTest:
 
         Raises
         ------
+        BlindError
+            A slot does not see.
         PipelineError
-            A slot does not see, or all servers went away.
+            All servers went away, and stay so.
         """
-        started, self._counted = time.monotonic(), self._book.kept
-        async with AsyncExitStack() as held:
+        started, self._counted, book = time.monotonic(), self._book.kept, self._book
+        while not (seen := await self._look()):
             for slot in self._slots:
-                await held.enter_async_context(slot.free)
-            slots = [slot for slot in self._slots if not slot.server.away]
-            for slot in slots:
-                slot.server.changed = False
-            looks = await self._look(slots)
+                await slot.server.come_back(others_work=False)
         self.seconds += time.monotonic() - started
-        slots = [s for s, rows in zip(slots, looks, strict=True) if rows is not None]
-        seen = [rows for rows in looks if rows is not None]
-        if not seen:
-            raise PipelineError("all servers went away: run the same command again")
-        self.found = found = [_own_and_other(rows) for rows in seen]
-        doubts = [found]
-        # A server picks its slots itself: a blind one may have answered in several.
-        halves = np.array(seen).reshape(len(seen), 2, SIGHT_QUESTIONS, -1)
-        pooled = _own_and_other(np.concatenate([*halves[:, 0], *halves[:, 1]]))
-        doubts.append([*np.moveaxis(pooled.reshape(2, len(seen), -1, 2), 0, 1)])
-        if (former := self._former_means()) is not None:
-            # Always one picture late is as good as seeing, but for the names.
-            doubts.append([_distances(rows, former) for rows in seen])
-        counts = np.array(
-            [[np.sum(p[..., 0] >= p[..., 1]) for p in each] for each in doubts]
-        )
-        if counts.max() > 1 or counts[1].sum() > 1:
-            worst = int(counts.max(axis=0).argmax())
-            server, aside = (
-                slots[worst].server,
-                self._book.set_aside(self._book.last_pass()),
-            )
+        slots, looks = [slot for slot, _ in seen], np.array([rows for _, rows in seen])
+        self.found = [sight_distances(one[None]).reshape(-1, 2) for one in looks]
+        while wrong := self._doubtful(looks):
+            worst = wrong.index(max(wrong))
+            server = slots[worst].server
             own = [slot for slot in slots if slot.server is server]
-            wrong = counts.max(axis=0)[worst]
+            aside = book.set_aside(book.last_pass)
             error = BlindError(
                 f"slot {own.index(slots[worst]) + 1} of the server at {server.url} "
                 f"(Ollama {server.version}) does not see the pictures it is sent "
-                f"({wrong} of {len(found[worst])} answers fit another); {aside} "
-                "answers since the last passed test are set aside: restart the server "
-                "or try another version of Ollama, then run the same command again"
+                f"({wrong[worst]} of {2 * SIGHT_QUESTIONS} answers fit another); "
+                f"{aside} answers since the last passed test are set aside: restart "
+                "the server or try another version of Ollama, then run the same "
+                "command again"
             )
             if not may_drop or len(own) == len(slots):
-                self._book.distrusted = error
+                book.distrusted = error
                 raise error
             server.tell(f"warning: goes on without {server.url}: {error}")
             server.away = True
             self._slots[:] = [slot for slot in self._slots if slot.server != server]
-            return await self.run(may_drop)
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        mean: NDArray[np.float32] = np.asarray(np.mean(seen, axis=0), np.float32)
-        means = [pack_vector(row) for row in mean]
-        self._book.servers.add(
-            {"key": "sight", "time": now, "means": means, **self._seen}
+            looks = looks[[slot.server is not server for slot in slots]]
+            slots = [slot for slot in slots if slot.server is not server]
+        means = [pack_vector(mean) for mean in looks.mean(axis=(0, 2))]
+        book.servers.add(
+            {"key": "sight", "time": _now(), "means": means, **self._tested}
         )
-        return found
+        return self.found
 
-    def _former_means(self) -> NDArray[np.float32] | None:
-        """Mean answers of the last pass, (2, 1, n_features), if comparable."""
-        last = self._book.servers.get("sight") or {}
-        if any(last.get(name) != self._seen[name] for name in ("digests", "engine")):
-            return None
-        sides = np.split(np.array([unpack_vector(one) for one in last["means"]]), 2)
-        return np.array([side.mean(axis=0, keepdims=True) for side in sides])
+    def _doubtful(self, looks: Looks) -> list[int]:
+        """Of each slot, how many answers fit another picture; empty where all see.
 
-    async def _look(self, slots: Sequence[Slot]) -> list[NDArray[np.float32] | None]:
-        """Of each slot, embedded answers about the disc, then the bars, (n, features).
-
-        In step, so that a server needs all its slots for each question. None where a
-        server went away.
+        A slot alone may have one such answer. A server picks its slots itself, so that
+        a blind one may have answered in several: all together may have one, too. And
+        always one picture late is as good as seeing, but for the names: the means of
+        the last pass tell.
         """
-        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in slots]
-        pictures = sight_pictures()
-        for question in questions("generic", SIGHT_QUESTIONS):
-            for side, png in enumerate(pictures):
-                said = [self._say(slot.server, png, question.prompt) for slot in slots]
-                for kept, text in zip(texts, await asyncio.gather(*said), strict=True):
-                    kept[side].append(self._book.prefix + text)
-        unseen = np.zeros_like(self._book.facts.probe)
-        seen: list[NDArray[np.float32] | None] = []
-        for slot, (disc, bars) in zip(slots, texts, strict=True):
-            rows: Vectors = []
-            with suppress(ServerAwayError):
-                if not slot.server.away:
-                    rows = await slot.server.embed([*disc, *bars])
-            full = [unseen if row is None else row for row in rows]
-            seen.append(np.array(full) if full else None)
-        return seen
+        pooled = sight_distances(looks)
+        doubts = [np.concatenate([sight_distances(one[None]) for one in looks]), pooled]
+        last = self._book.servers.get("sight") or {}
+        if all(last.get(name) == self._tested[name] for name in ("digests", "engine")):
+            means = np.array([unpack_vector(one) for one in last["means"]])
+            # Up to version 1.7 there is one of each question.
+            means = means.reshape(2, -1, means.shape[-1]).mean(axis=1)
+            doubts.append(sight_distances(looks, means))
+        wrong = np.array(
+            [np.sum(~(one[..., 0] < one[..., 1]), axis=(1, 2)) for one in doubts]
+        )
+        sees = wrong.max() <= 1 and wrong[1].sum() <= 1
+        return [] if sees else [int(count) for count in wrong.max(axis=0)]
 
-    async def _say(self, server: "VlmServer", png: bytes, prompt: str) -> str:
+    async def _look(self) -> list[tuple[Slot, NDArray[np.float32]]]:
+        """The slots that answered, each with (2, SIGHT_QUESTIONS, n_features).
+
+        In step, so that a server needs all its slots for each question.
+        """
+        looks, rounds = [], []
+        async with AsyncExitStack() as held:
+            for slot in self._slots:
+                await held.enter_async_context(slot.free)
+                slot.server.changed = False
+            pictures = sight_pictures()
+            for question in questions("generic", SIGHT_QUESTIONS):
+                for png in pictures:
+                    asked = [self._say(s, png, question.prompt) for s in self._slots]
+                    rounds.append(await asyncio.gather(*asked))
+            for slot, texts in zip(self._slots, zip(*rounds, strict=True), strict=True):
+                if not all(texts):
+                    continue
+                with suppress(ServerAwayError):
+                    rows = await slot.server.embed(texts)
+                    none = np.zeros_like(self._book.facts.probe)
+                    full = np.array([none if row is None else row for row in rows])
+                    by_question = full.reshape(SIGHT_QUESTIONS, 2, -1)
+                    looks.append((slot, by_question.swapaxes(0, 1)))
+        return looks
+
+    async def _say(self, slot: Slot, png: bytes, prompt: str) -> str:
+        """The answer as it is embedded; "" of a server that went away."""
         with suppress(ServerAwayError):
-            reply = await server.answer(png, prompt, random.getrandbits(31))
-            return judged(reply).text or "nothing"
-        return "nothing"
-
-    @property
-    def is_open(self) -> bool:
-        """Whether answers came since the last test of this run."""
-        return self._book.kept > self._counted
-
-
-def _own_and_other(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Distance of each row to the mean of its own half without it, and of the other."""
-    halves = np.split(rows, 2)
-    pairs = [
-        (cosine(row, np.delete(own, at, axis=0).mean(0)), cosine(row, other.mean(0)))
-        for own, other in (halves, halves[::-1])
-        for at, row in enumerate(own)
-    ]
-    return 1 - np.array(pairs)
-
-
-def _distances(
-    rows: NDArray[np.float32], means: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """Distance of each row to the mean of its own picture, and of the other."""
-    halves = zip(np.split(rows, 2), (means, means[::-1]), strict=True)
-    pairs = [
-        (cosine(row, own[0]), cosine(row, other[0]))
-        for half, (own, other) in halves
-        for row in half
-    ]
-    return 1 - np.array(pairs)
+            reply = await slot.server.answer(png, prompt, random.getrandbits(31))
+            return self._book.prefix + (judged(reply).text or "nothing")
+        return ""
 
 
 async def only_sight(
@@ -2393,66 +2390,59 @@ async def open_servers(
             ways = await _dask_ways(cfg, tell, opened)
             servers = [VlmServer(cfg, tell, way) for way in ways]
         for server in servers:
-            server.alone = len(servers) == 1
-            await opened.enter_async_context(server)
+            opened.push_async_callback(server.http.aclose)
         yield servers
-
-
-async def passing(
-    servers: Sequence["VlmServer"],
-    check: Callable[["VlmServer"], Awaitable[object]],
-    cfg: config.Config,
-) -> list["VlmServer"]:
-    """All servers if they pass; with --any-host those that do.
-
-    Raises
-    ------
-    PipelineError
-        Why one does not pass.
-    """
-    outcomes = await asyncio.gather(*map(check, servers), return_exceptions=True)
-    good, several = [], len(servers) > 1
-    for server, error in zip(servers, outcomes, strict=True):
-        if not isinstance(error, BaseException):
-            good.append(server)
-        elif not (several and isinstance(error, PipelineError)):
-            raise error
-        elif not cfg.any_host:
-            raise PipelineError(f"{error}; or go on without it: --any-host")
-        else:
-            server.tell(f"warning: goes on without {server.url}: {error}")
-    if not good:
-        raise PipelineError("none of the servers can be used: see the lines above")
-    return good
 
 
 async def preflight(
     servers: Sequence["VlmServer"], cfg: config.Config
 ) -> tuple[list["VlmServer"], ServerFacts]:
-    """Those that do their work and answer like the first; what is true of all."""
+    """Those that do their work and answer like the first; what is true of all.
 
-    async def alike(server: VlmServer) -> None:
-        mine, other = server.facts, first.facts
-        near = cosine(mine.probe, other.probe)
-        differs = {
-            f"has another {cfg.vlm}": mine.vlm_digest != other.vlm_digest,
-            f"has another {cfg.embed_model}": (
-                mine.embedder_digest != other.embedder_digest
-            ),
-            f"embeds otherwise (cosine {near:.4f})": near < SAME_EMBEDDING,
-        }
-        for reason in (text for text, is_so in differs.items() if is_so):
-            raise PipelineError(
-                f"the server at {server.url} (Ollama {server.version}) {reason} than "
-                f"{first.url} (Ollama {first.version}): give both the same Ollama and "
-                "the same models with `ollama pull`"
-            )
-
-    good = await passing(servers, VlmServer.preflight, cfg)
-    first = good[0]
-    good = await passing(good, alike, cfg)
+    Raises
+    ------
+    PipelineError
+        Why one does not pass; with --any-host only where none does.
+    """
+    checks = [server.preflight() for server in servers]
+    outcomes = await asyncio.gather(*checks, return_exceptions=True)
+    good: list[VlmServer] = []
+    for server, outcome in zip(servers, outcomes, strict=True):
+        error = outcome if isinstance(outcome, BaseException) else None
+        if good and not error:
+            error = _differs(server, good[0], cfg)
+        if not error:
+            good.append(server)
+        elif len(servers) == 1 or not isinstance(error, PipelineError):
+            raise error
+        elif cfg.any_host:
+            server.tell(f"warning: goes on without {server.url}: {error}")
+        else:
+            raise PipelineError(f"{error}; or go on without it: --any-host")
+    if not good:
+        raise PipelineError("none of the servers can be used: see the lines above")
     both = all(server.facts.both_loaded for server in good)
-    return good, replace(first.facts, both_loaded=both)
+    return good, replace(good[0].facts, both_loaded=both)
+
+
+def _differs(
+    server: "VlmServer", first: "VlmServer", cfg: config.Config
+) -> PipelineError | None:
+    """Why a server can't work beside the first one."""
+    mine, other = server.facts, first.facts
+    near = cosine(mine.probe, other.probe)
+    reasons = {
+        f"has another {cfg.vlm}": mine.vlm_digest != other.vlm_digest,
+        f"has another {cfg.embed_model}": mine.embedder_digest != other.embedder_digest,
+        f"embeds otherwise (cosine {near:.4f})": near < SAME_EMBEDDING,
+    }
+    for reason in (text for text, is_so in reasons.items() if is_so):
+        return PipelineError(
+            f"the server at {server.url} (Ollama {server.version}) {reason} than "
+            f"{first.url} (Ollama {first.version}): give both the same Ollama and the "
+            "same models with `ollama pull`"
+        )
+    return None
 
 
 def work_done(servers: Sequence["VlmServer"]) -> Iterator[str]:
@@ -2654,7 +2644,8 @@ def _ollama() -> Any:
     """The client library; phases 1 and 3 need none.
 
     It makes a client of its own when it is imported, which fails on settings meant for
-    other programs: they are out of its sight for that moment.
+    other programs: they are out of its sight for that moment. Nor need that client,
+    which nobody uses, read all certificates, a tenth of a second.
     """
     foreign = {
         name: os.environ.pop(name)
@@ -2662,9 +2653,11 @@ def _ollama() -> Any:
         if name.upper().endswith("_PROXY")
         or name in ("OLLAMA_HOST", "SSL_CERT_FILE", "SSL_CERT_DIR")
     }
+    os.environ["SSL_CERT_DIR"] = os.curdir
     try:
         return importlib.import_module("ollama")
     finally:
+        del os.environ["SSL_CERT_DIR"]
         os.environ.update(foreign)
 
 
@@ -2675,9 +2668,9 @@ Vectors = list[NDArray[np.float32] | None]
 class VlmServer:
     """One Ollama server: one client, one semaphore, one place where calls are retried.
 
-    Use as an async context manager. `preflight` comes first; `answer` and `embed` then
-    raise RejectedError for what fails alone and PipelineError for what stops a run: a
-    server that stays away, or a model that is gone.
+    Made and closed by `open_servers`. After `preflight`, `answer` and `embed` raise
+    RejectedError for what fails alone, ServerAwayError for a server that does not
+    answer, and PipelineError for what stops a run, such as a model that is gone.
 
     Parameters
     ----------
@@ -2687,40 +2680,45 @@ class VlmServer:
         Leads to the server; without it that of --host is asked.
     """
 
+    facts: ServerFacts
+    """What the preflight has found."""
+
     def __init__(
         self,
         cfg: config.Config,
         tell: Callable[[str], object],
         way: DaskWay | None = None,
     ) -> None:
-        self._cfg, self.tell, self._way = cfg, tell, way
+        self._cfg, self.tell = cfg, tell
         self.url = way.name if way else server_url(cfg)
-        self.version, self.embedding_s = "", 0.0
-        self.changed = False
-        """It was away, or is another version, since this was last set to False."""
-        self.alone, self.away = True, False
-        """One alone is waited for inside a call; several leave their images."""
+        self.version = self.unchanged_at = ""
+        """`unchanged_at`: when the models were last seen to be the same, UTC."""
+        self.away = self.changed = False
+        """`changed`: it was away, or is another version, since the last sight test."""
         self.answered, self.busy_s, self._last = 0, 0.0, 0.0
         """Answers, and the seconds in which at least one was under way."""
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
-        self._recovery = asyncio.Lock()
-        self._given_up_in_a_row = self._n_features = 0
-        self._chunk, self._think = EMBED_CHUNK, cast(bool | None, None)
+        self._recovery, self._waited = asyncio.Lock(), cast(float | None, None)
+        self._think, self._embeds_lists = cast(bool | None, None), True
+        self._n_features = 0
         self._noted: list[tuple[bool, str]] = []
-        self._facts: ServerFacts | None = None
-        self._client = self._connect()
+        self._client = self._connect(way)
+        self.http = self._client._client
+        """Of httpx, for what the client has no call for."""
 
-    def _connect(self) -> Any:
+    def _connect(self, way: DaskWay | None) -> Any:
         import httpx  # noqa: PLC0415
 
-        if self._way:
-            return _ollama().AsyncClient("http://dask", transport=self._way)
-        login = urlsplit(self._cfg.host_url)
+        if way:
+            return _ollama().AsyncClient("http://dask", transport=way)
+        login, near = urlsplit(self._cfg.host_url), is_loopback(self.url)
         try:
             return _ollama().AsyncClient(
                 self.url,
                 timeout=httpx.Timeout(None, connect=CONNECT_S, write=60.0),
-                trust_env=not is_loopback(self.url),
+                trust_env=not near,
+                # Certificates take 20 ms to read.
+                verify=not near or self.url.startswith("https"),
                 follow_redirects=False,
                 auth=(login.username, login.password or "") if login.username else None,
             )
@@ -2730,47 +2728,7 @@ class VlmServer:
                 "environment's *_PROXY, NO_PROXY and SSL_CERT_FILE"
             ) from None
 
-    @property
-    def facts(self) -> ServerFacts:
-        """What the preflight has found."""
-        assert self._facts is not None, "preflight comes first"
-        return self._facts
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        # The client learned to close itself in version 0.6.2.
-        close = getattr(self._client, "close", None)
-        if close is not None:
-            await close()
-
-    # -- before any work --
-
-    async def check_models(self) -> None:
-        """The quick part of the preflight: an Ollama answers and has both models."""
-        try:
-            async with asyncio.timeout(CONNECT_S + 5):
-                self.version = await self._ask_version()
-        except _failures() as error:
-            usual = "start it with `ollama serve` or name its address with --host"
-            raise PipelineError(
-                f"no Ollama answers at {self.url} ({_short(error)}): "
-                f"{_remedy(error) or usual}"
-            ) from None
-        for model in (self._cfg.vlm, self._cfg.embed_model):
-            if not _find(await self._call("list its models", self._digests), model):
-                await self._pull_or_explain(model)
-        vlm = self._cfg.vlm
-        shown = await self._call(f"show {vlm}", lambda: self._client.show(vlm))
-        families = (shown.details.families if shown.details else None) or ()
-        capabilities = shown.capabilities or ()
-        if "vision" not in capabilities and "clip" not in families:
-            raise PipelineError(
-                f"model {vlm} can't see images: choose a vision model with --vlm, for "
-                "example llava-phi3"
-            )
-        self._think = False if "thinking" in capabilities else None
+    # -- what it has --
 
     async def preflight(self) -> ServerFacts:
         """Load both models and see that they do their work.
@@ -2780,77 +2738,87 @@ class VlmServer:
         PipelineError
             Naming what is missing, and the command that mends it.
         """
-        await self.check_models()
         vlm, embedder = self._cfg.vlm, self._cfg.embed_model
+        try:
+            async with asyncio.timeout(CONNECT_S + 5):
+                self.version = await self._ask_version()
+        except _failures() as error:
+            usual = "start it with `ollama serve` or name its address with --host"
+            raise PipelineError(
+                f"no Ollama answers at {self.url} ({_short(error)}): "
+                f"{_remedy(error) or usual}"
+            ) from None
+        self.unchanged_at, digests = _now(), await self._digests()
+        for model in (vlm, embedder):
+            if _plain(model) not in digests:
+                await self._pull(model)
+                digests = await self._digests()
+        shown = await self._call(f"show {vlm}", lambda: self._client.show(vlm))
+        families = (shown.details.families if shown.details else None) or ()
+        capabilities = shown.capabilities or ()
+        if "vision" not in capabilities and "clip" not in families:
+            raise PipelineError(
+                f"model {vlm} can't see images: choose a vision model with --vlm, for "
+                "example llava-phi3"
+            )
+        self._think = False if "thinking" in capabilities else None
         self.tell(f"loading {embedder} and {vlm} on the server at {self.url}")
-        digests = await self._call("list its models", self._digests)
-        # The VLM last: where both don't fit, it is the one that stays.
-        probe = await self._probe_embedder()
-        await self._call(f"load {vlm}", self._load_vlm, LOAD_S)
-        both, gpu_share = await self._call("list what is loaded", self._residence)
-        if not both and self._cfg.keep_alive != "0":  # was another model in the way?
-            await self._embed_some([config.PROBE_SENTENCE], LOAD_S)
-            await self._call(f"load {vlm}", self._load_vlm, LOAD_S)
-            both, gpu_share = await self._call("list what is loaded", self._residence)
-        self._facts = ServerFacts(
+        _, probe = await asyncio.gather(self._load(), self._probe_embedder())
+        both, kept = {_plain(vlm), _plain(embedder)}, self._cfg.keep_alive != "0"
+        loaded = await self._call("list what is loaded", self._loaded)
+        if kept and not both <= {*loaded}:
+            # Once more: another model was in the way, or the VLM had to go.
+            await self._embed([config.PROBE_SENTENCE], LOAD_S)
+            await self._load()
+            loaded = await self._call("list what is loaded", self._loaded)
+        self.facts = ServerFacts(
             version=self.version,
-            vlm_digest=_find(digests, vlm),
-            embedder_digest=_find(digests, embedder),
+            vlm_digest=digests.get(_plain(vlm), ""),
+            embedder_digest=digests.get(_plain(embedder), ""),
             probe=probe,
-            both_loaded=both or self._cfg.keep_alive == "0",
-            gpu_share=gpu_share,
+            both_loaded=not kept or (len(both) == 2 and both <= {*loaded}),
+            gpu_share=loaded.get(_plain(vlm), 0.0),
         )
-        return self._facts
-
-    async def _residence(self) -> tuple[bool, float]:
-        """Whether both models are loaded, and the VLM's share on the GPU."""
-        async with asyncio.timeout(CONNECT_S):  # it may hang with a frozen runner
-            loaded = (await self._client.ps()).models
-        vlm = [m for m in loaded if _same_model(m.model or "", self._cfg.vlm)]
-        size = sum(m.size or 0 for m in vlm)
-        both = any(_same_model(m.model or "", self._cfg.embed_model) for m in loaded)
-        both = both and not _same_model(self._cfg.vlm, self._cfg.embed_model)
-        return bool(vlm) and both, sum(m.size_vram or 0 for m in vlm) / (size or 1)
+        return self.facts
 
     async def check_unchanged(self) -> None:
         """Raise ModelChangedError when a model was replaced since the preflight.
 
         Says so when the server is another version, or the VLM has left the GPU.
         """
-        facts = self.facts
-        digests = await self._call("list its models", self._digests)
+        facts, now = self.facts, _now()
+        digests = await self._digests()
         for model, then in (
             (self._cfg.vlm, facts.vlm_digest),
             (self._cfg.embed_model, facts.embedder_digest),
         ):
-            if not (now := _find(digests, model)):
+            if not (digest := digests.get(_plain(model))):
                 raise PipelineError(
                     f"model {model} was removed from the server at {self.url}: run "
                     f"`ollama pull {model}`, then the same command again"
                 )
-            if now != then:
+            if digest != then:
                 raise ModelChangedError(
                     f"model {model} was replaced on the server during the run; start "
                     "again: what the former model answered is kept apart"
                 )
+        self.unchanged_at = now
         version = await self._call("say its version", self._ask_version)
         if version != self.version:
             self.tell(f"Ollama at {self.url} is {version} now, was {self.version}")
             self.version, self.changed = version, True
-        if not facts.gpu_share or self._cfg.keep_alive == "0":
-            return
         with suppress(*_failures()):
-            _, share = await self._residence()
+            loaded = await self._loaded() if facts.gpu_share else {}
+            share = loaded.get(_plain(self._cfg.vlm), facts.gpu_share)
             if share < facts.gpu_share / 2:
                 self.tell(
                     f"warning: {share:.0%} of {self._cfg.vlm} is on the GPU, it was "
                     f"{facts.gpu_share:.0%}: answers are slow; see the server's log"
                 )
-                self._facts = replace(facts, gpu_share=share)
+                self.facts = replace(facts, gpu_share=share)
 
     async def _ask_version(self) -> str:
-        """The server's version: also the cheapest proof that an Ollama answers."""
-        reply = await self._client._client.get("/api/version")  # it has no call for it
+        reply = await self.http.get("/api/version")
         if reply.status_code != 200:
             where = reply.headers.get("location", reply.reason_phrase)
             raise _ollama().ResponseError(where, reply.status_code)
@@ -2860,10 +2828,18 @@ class VlmServer:
         return str(found["version"])
 
     async def _digests(self) -> dict[str, str]:
-        models = (await self._client.list()).models
-        return {str(m.model): str(m.digest) for m in models}
+        models = (await self._call("list its models", self._client.list)).models
+        return {_plain(one.model): str(one.digest) for one in models}
 
-    async def _pull_or_explain(self, model: str) -> None:
+    async def _loaded(self) -> dict[str, float]:
+        """The models in memory, and the share of each that is on the GPU."""
+        async with asyncio.timeout(CONNECT_S):  # it may hang with a frozen runner
+            models = (await self._client.ps()).models
+        return {
+            _plain(one.model): (one.size_vram or 0) / (one.size or 1) for one in models
+        }
+
+    async def _pull(self, model: str) -> None:
         if not self._cfg.pull:
             raise PipelineError(
                 f"model {model} is not on the server at {self.url}: run "
@@ -2884,35 +2860,18 @@ class VlmServer:
                 "and the server's internet connection"
             ) from None
 
-    async def _load_vlm(self) -> None:
-        """Load the VLM with the options of every later call: none reloads it."""
-        await self._client.chat(
-            self._cfg.vlm,
-            messages=[],
-            options=vlm_options(self._cfg),
-            keep_alive=self._keep_alive,
-        )
+    async def _load(self) -> None:
+        await self._call(f"load {self._cfg.vlm}", lambda: self._chat([]), LOAD_S)
 
-    async def _probe_embedder(self) -> NDArray[np.float32]:
-        """The probe's embedding; and whether a list gives what single texts give."""
-        model, prefix = self._cfg.embed_model, embed_prefix(self._cfg)
-        texts = [prefix + text for text in (config.PROBE_SENTENCE, *_PROBE_LIST)]
-        alone = [(await self._embed_some([text], LOAD_S))[0] for text in texts]
-        if (probe := alone[0]) is None:
-            raise PipelineError(
-                f"model {model} gives embeddings that are not numbers: choose another "
-                "--embed-model, for example nomic-embed-text"
-            )
-        self._n_features = probe.size
-        try:
-            together = await self._embed_some(texts, LOAD_S)
-        except PipelineError:
-            together = [None] * len(texts)
-        pairs = zip(alone, together, strict=True)
-        if not all(a is b or _alike(a, b) for a, b in pairs):
-            self.tell(f"{model} embeds lists otherwise: one text a request")
-            self._chunk = 1
-        return probe
+    async def _chat(self, messages: list[dict[str, Any]], **options: object) -> Any:
+        """Without messages the VLM is loaded; the same options: no call reloads it."""
+        return await self._client.chat(
+            self._cfg.vlm,
+            messages=messages,
+            options={**vlm_options(self._cfg), **options},
+            keep_alive=self._keep_alive,
+            think=self._think if messages else None,
+        )
 
     @property
     def _keep_alive(self) -> float | str:
@@ -2920,7 +2879,31 @@ class VlmServer:
         text = self._cfg.keep_alive
         return text if text[-1].isalpha() else float(text)
 
-    # -- the work --
+    async def _probe_embedder(self) -> NDArray[np.float32]:
+        """The probe's embedding; and whether a list gives what single texts give."""
+        model, prefix = self._cfg.embed_model, embed_prefix(self._cfg)
+        texts = [prefix + text for text in (config.PROBE_SENTENCE, *_PROBE_LIST)]
+        alone = [(await self._embed([text], LOAD_S))[0] for text in texts]
+        if (probe := alone[0]) is None:
+            raise PipelineError(
+                f"model {model} gives embeddings that are not numbers: choose another "
+                "--embed-model, for example nomic-embed-text"
+            )
+        self._n_features = probe.size
+        together: Vectors = []
+        with suppress(PipelineError):
+            together = await self._embed(texts, LOAD_S)
+        self._embeds_lists = all(
+            one is not None
+            and other is not None
+            and cosine(one, other) > SAME_EMBEDDING
+            for one, other in zip_longest(alone, together)
+        )
+        if not self._embeds_lists:
+            self.tell(f"{model} embeds lists otherwise: one text a request")
+        return probe
+
+    # -- its work --
 
     async def answer(self, png: bytes, prompt: str, seed: int) -> dict[str, Any]:
         """Ask one question about one picture.
@@ -2929,102 +2912,71 @@ class VlmServer:
         -------
         dict
             What the journal keeps of the reply: text, done, done_reason, counters
-            (durations in ns), time (UTC) and server_version.
+            (durations in ns), time (UTC), server and server_version.
         """
         # The client puts the image before the text, and only the text varies: the
         # server then finds the image in its prefix cache. The same bytes every time.
+        message = {"role": "user", "content": prompt, "images": [png]}
+        started = time.monotonic()
         reply = await self._call(
-            "describe an image",
-            lambda: self._client.chat(
-                self._cfg.vlm,
-                messages=[{"role": "user", "content": prompt, "images": [png]}],
-                options={**vlm_options(self._cfg), "seed": seed},
-                keep_alive=self._keep_alive,
-                think=self._think,
-            ),
+            "describe an image", lambda: self._chat([message], seed=seed)
         )
+        now = time.monotonic()
+        self.busy_s += now - max(started, self._last)
+        self.answered, self._last = self.answered + 1, now
         counters = ("prompt_eval_count", "prompt_eval_duration", "eval_count")
         return {
             "text": reply.message.content or "",
             "done": bool(reply.done),
             "done_reason": reply.done_reason,
             **{n: getattr(reply, n) for n in (*counters, "eval_duration")},
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": _now(),
+            "server": self.url,
             "server_version": self.version,
         }
 
-    def count(self, started: float) -> None:
-        """Take one answer into the account of the run."""
-        now = time.monotonic()
-        self.busy_s += now - max(started, self._last)
-        self.answered, self._last = self.answered + 1, now
-
-    def note(self, answer: Answer, image_id: str) -> None:
-        """Stop a run whose answers can't be used: the server is ill, not the images."""
-        self._noted.append((answer.usable, image_id))
-        last = self._noted[-BAD_ANSWERS:]
-        bad = [image for usable, image in last if not usable]
-        start = len(self._noted) == BAD_ANSWERS and len(bad) > BAD_ANSWERS / 2
-        if start or (len(bad) == BAD_ANSWERS and len(set(bad)) > 1):
-            raise PipelineError(
-                f"{self._cfg.vlm} on the server at {self.url} (Ollama {self.version}) "
-                f"gives answers that can't be used (the last one is {answer.problem}: "
-                f"{' '.join(answer.text.split())[:60]!r}): restart the server, try "
-                "another version of Ollama or another --vlm (a model that thinks needs "
-                "a larger --num-predict); then the same command asks these again"
-            )
-
     async def embed(self, texts: Sequence[str]) -> Vectors:
-        """Embed texts in lists of EMBED_CHUNK; None for a text that can't be embedded.
+        """Embed texts; None for a text that can't be embedded.
 
-        A list fails as a whole, so that a failing one is asked again text by text.
+        A list saves round trips but fails as a whole: then text by text.
 
         Returns
         -------
         list of float32 (n_features,) or None
             In the order of `texts`.
         """
-        vectors: list[NDArray[np.float32] | None] = []
-        for start in range(0, len(texts), self._chunk):
-            chunk = texts[start : start + self._chunk]
-            found = await self._embed_all_or_none(chunk)
-            for text, vector in zip(chunk, found, strict=True):
-                again = vector is None and len(chunk) > 1
-                vectors += await self._embed_all_or_none([text]) if again else [vector]
+        vectors: Vectors = [None] * len(texts)
+        if len(texts) == 1 or (texts and self._embeds_lists):
+            with suppress(RejectedError):
+                vectors = await self._embed(texts)
+        for at, text in enumerate(texts) if len(texts) > 1 else ():
+            if vectors[at] is None:
+                [vectors[at]] = await self.embed([text])
         return vectors
 
-    async def _embed_all_or_none(self, texts: Sequence[str]) -> Vectors:
-        try:
-            return await self._embed_some(texts)
-        except RejectedError:
-            return [None] * len(texts)
-
-    async def _embed_some(self, texts: Sequence[str], seconds: float = 0) -> Vectors:
+    async def _embed(self, texts: Sequence[str], seconds: float = 0) -> Vectors:
+        """One request; None for what is no vector like the probe's."""
         model = self._cfg.embed_model
 
-        async def request() -> Vectors:
-            started = time.monotonic()
+        async def request() -> list[NDArray[np.float32]]:
             reply = await self._client.embed(model, texts, keep_alive=self._keep_alive)
-            self.embedding_s += time.monotonic() - started
             if (count := len(reply.embeddings)) != len(texts):
                 raise ValueError(f"{count} embeddings for {len(texts)} texts")
-            return [self._checked(vector) for vector in reply.embeddings]
+            return [np.asarray(values, np.float32) for values in reply.embeddings]
 
-        return await self._call(f"embed with {model}", request, seconds)
-
-    def _checked(self, values: Sequence[float]) -> NDArray[np.float32] | None:
-        """The vector, or None where it is not one like the probe's."""
-        vector = np.asarray(values, np.float32)
-        usable = vector.ndim == 1 and np.isfinite(vector).all() and vector.any()
-        return vector if usable and self._n_features in (0, vector.size) else None
+        return [
+            vector
+            if np.isfinite(vector).all()
+            and vector.any()
+            and self._n_features in (0, vector.size)
+            else None
+            for vector in await self._call(f"embed with {model}", request, seconds)
+        ]
 
     # -- one call, and what can go wrong --
 
     async def _call(
-        self,
-        what: str,
-        request: Callable[[], Awaitable[Result]],
-        seconds: float = 0,
+        self, what: str, request: Callable[[], Awaitable[Result]], seconds: float = 0
     ) -> Result:
         """One request under the semaphore, tried again while its failure may pass.
 
@@ -3035,11 +2987,26 @@ class VlmServer:
         ------
         RejectedError
             It fails alone.
+        ServerAwayError
+            The server does not answer at all: see `come_back`.
         PipelineError
             The run ends with it.
         """
-
         import tenacity  # noqa: PLC0415 - phases 1 and 3 call nobody
+
+        async def once() -> Result:
+            if self.away:
+                raise ServerAwayError(
+                    f"the server at {self.url} went away: start it with `ollama "
+                    "serve`, then run the same command again"
+                )
+            async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
+                return await request()
+
+        async def look(state: tenacity.RetryCallState) -> None:
+            failure = state.outcome and state.outcome.exception()
+            if isinstance(failure, _server_away()) and not self.away:
+                self.away = bool(await self._missing())
 
         def may_pass(error: BaseException) -> bool:
             too_long = bool(seconds) and isinstance(error, TimeoutError)
@@ -3047,83 +3014,86 @@ class VlmServer:
 
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(TRIES),
-            wait=tenacity.wait_exponential(FIRST_PAUSE_S, max=30)
+            wait=tenacity.wait_exponential(FIRST_PAUSE_S)
             + tenacity.wait_random(0, FIRST_PAUSE_S),
             retry=tenacity.retry_if_exception(may_pass),
-            before_sleep=self._if_away,
+            before_sleep=look,
             reraise=True,
         )
-
-        async def once() -> Result:
-            if self.away:
-                raise ServerAwayError(f"the server at {self.url} went away")
-            async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
-                return await request()
-
         try:
-            result: Result = await retrying(once)
+            return cast(Result, await retrying(once))
         except _failures() as error:
-            self._given_up_in_a_row += 1
-            said = f"the server at {self.url} can't {what} ({_short(error)})"
+            why = f"can't {what} ({_short(error)})"
             if remedy := _remedy(error):
-                raise PipelineError(f"{said}: {remedy}") from None
-            if self._given_up_in_a_row >= GIVE_UP_AFTER:
-                raise PipelineError(
-                    f"{said}, {GIVE_UP_AFTER} requests in a row: see its log, then run "
-                    "the same command again"
-                ) from None
-            raise RejectedError(f"{said}: see its log") from None
-        self._given_up_in_a_row = 0
-        return result
+                message = f"the server at {self.url} {why}: {remedy}"
+                raise PipelineError(message) from None
+            self.note(False, f"request {len(self._noted)}", why)
+            raise RejectedError(
+                f"the server at {self.url} {why}: see its log"
+            ) from None
 
-    async def _if_away(self, state: Any) -> None:
-        """Before the next try: a server that does not answer at all is waited for."""
-        if isinstance(state.outcome.exception(), _server_away()):
-            if self.alone:
-                await self.until_back()
-            elif self.away or await self._missing():
-                self.away = True
-                raise ServerAwayError(f"the server at {self.url} went away")
+    def note(self, usable: bool, about: str, said: str) -> None:
+        """Stop a run whose server is ill: it is not the images.
+
+        Takes every answer, and why there is none to a request that was given up.
+        """
+        self._noted.append((usable, about))
+        last = self._noted[-BAD_ANSWERS:]
+        bad = [one for one_usable, one in last if not one_usable]
+        start = len(self._noted) == BAD_ANSWERS and len(bad) > BAD_ANSWERS / 2
+        if start or (len(bad) == BAD_ANSWERS and len(set(bad)) > 1):
+            raise PipelineError(
+                f"the server at {self.url} (Ollama {self.version}) gives answers that "
+                f"can't be used, {len(bad)} of {BAD_ANSWERS} (the last: "
+                f"{' '.join(said.split())[:60]!r}): see its log, restart it, try "
+                "another version of Ollama or another --vlm (one that thinks needs a "
+                "larger --num-predict); then the same command asks these again"
+            )
 
     async def _missing(self) -> str:
         """Why the server does not answer; "" when it does, with the VLM loaded."""
         try:
-            async with asyncio.timeout(CONNECT_S):
-                loaded = (await self._client.ps()).models
-            if not any(_same_model(m.model or "", self._cfg.vlm) for m in loaded):
+            if _plain(self._cfg.vlm) not in await self._loaded():
                 async with asyncio.timeout(LOAD_S):
-                    await self._load_vlm()
+                    await self._chat([])
         except _failures() as error:
-            if not _may_pass(error):
-                raise
+            if remedy := _remedy(error):
+                raise PipelineError(
+                    f"the server at {self.url} can't load {self._cfg.vlm} "
+                    f"({_short(error)}): {remedy}"
+                ) from None
             return _short(error)
         return ""
 
-    async def until_back(self, shared: Slots | None = None) -> None:
-        """Return when the server answers, with the VLM loaded again if need be.
+    async def come_back(self, others_work: bool) -> None:
+        """See whether a server that went away answers again; else pause.
 
-        What counts is the pauses in which no other server works: a workstation that
-        slept has not waited. Where the others finish without it, it returns, too.
+        Raises
+        ------
+        PipelineError
+            Its pauses without another server at work are --wait seconds by now: a
+            workstation that slept has not waited.
         """
-        waited, told, pause = 0.0, False, min(2.0, FIRST_PAUSE_S * 4)
         async with self._recovery:
-            while why := await self._missing():
-                works = shared and not all(one.away for one in shared.servers)
-                if shared and works and not shared.unfinished:
-                    return
-                if not told:
-                    wait = "its images go to the others, " if works else ""
-                    wait += f"waiting up to {self._cfg.wait:.0f} s"
-                    self.tell(f"the server at {self.url} is away ({why}): {wait}")
-                if waited >= self._cfg.wait and not works:
-                    raise PipelineError(
-                        f"the server at {self.url} has not answered for {waited:.0f} s "
-                        f"({why}): start it with `ollama serve` and run the same "
-                        "command again; every answer so far is kept"
-                    )
-                await asyncio.sleep(pause)
-                waited, told = 0.0 if works else waited + pause, True
-            self.away, self.changed = False, True
+            if not self.away:
+                return
+            if not (why := await self._missing()):
+                self.away, self.changed, self._waited = False, True, None
+                return
+            if self._waited is None:
+                wait = "its images go to the others, " if others_work else ""
+                wait += f"waiting up to {self._cfg.wait:.0f} s"
+                self.tell(f"the server at {self.url} is away ({why}): {wait}")
+                self._waited = 0.0
+            if self._waited >= self._cfg.wait and not others_work:
+                raise PipelineError(
+                    f"the server at {self.url} has not answered for "
+                    f"{self._waited:.0f} s ({why}): start it with `ollama serve` and "
+                    "run the same command again; every answer so far is kept"
+                )
+            pause = min(2.0, FIRST_PAUSE_S * 4)
+            await asyncio.sleep(pause)
+            self._waited = 0.0 if others_work else self._waited + pause
 
 
 _PROBE_LIST = (
@@ -3172,17 +3142,8 @@ def _remedy(error: BaseException) -> str:
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
 
 
-def _alike(one: NDArray[np.float32] | None, other: NDArray[np.float32] | None) -> bool:
-    return one is not None and other is not None and cosine(one, other) > SAME_EMBEDDING
-
-
-def _same_model(name: str, other: str) -> bool:
-    return name.removesuffix(":latest") == other.removesuffix(":latest")
-
-
-def _find(digests: Mapping[str, str], model: str) -> str:
-    """The digest of a model on the server, or "" where it is not."""
-    return next((d for name, d in digests.items() if _same_model(name, model)), "")
+def _plain(model: str | None) -> str:
+    return str(model).removesuffix(":latest")
 
 
 def _short(error: BaseException) -> str:

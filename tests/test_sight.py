@@ -13,7 +13,7 @@ import config
 import fase2_generar_vectores_vlm as fase2
 import utils
 from config import Config, parse_config
-from utils import AnswerBook, BlindError, SightTest, VlmServer
+from utils import AnswerBook, BlindError, ServerFacts, SightTest, VlmServer
 
 EYES = ("blind", "former", "stuck", "merged")
 
@@ -32,7 +32,7 @@ def look(fake: FakeOllama, *more: str) -> list[NDArray[np.float64]]:
     cfg: Config = parse_config(2, "", [*flags(fake.url), *more])[0]
 
     async def run() -> list[NDArray[np.float64]]:
-        async with VlmServer(cfg, print) as server:
+        async with utils.open_servers(cfg, print) as [server]:
             book = AnswerBook(None, cfg, await server.preflight())
             return await SightTest(utils.slots_of(cfg, [server]), book).run()
 
@@ -66,11 +66,42 @@ def test_eyes_that_fail_are_caught(fake: FakeOllama, fault: str) -> None:
         look(fake)
 
 
+def test_answers_without_an_embedding_do_not_pass(fake: FakeOllama) -> None:
+    rule = {"endpoint": "/api/embed", "when": 5, "times": 99, "fault": "embed_zero"}
+    fake.control(script=[rule])  # after the preflight
+    with pytest.raises(BlindError, match="6 of 6 answers fit another"):
+        look(fake)
+
+
 def test_one_blind_slot_of_several_is_caught() -> None:
     with FakeOllama(num_parallel=4, faults={"blind_slot": 1.0}) as fake:
         fake.control(time_model="gpu", time_scale=0.01)
         with pytest.raises(BlindError, match="does not see"):
             look(fake, "--server-parallel", "4")
+
+
+def test_one_answer_in_each_of_two_slots_is_one_too_many() -> None:
+    book = AnswerBook(None, Config(), ServerFacts("", "", "", np.ones(2, np.float32)))
+    slots = [utils.Slot(VlmServer(Config(), print), 1, []) for _ in range(2)]
+    for slot in slots:
+        slot.server.facts = book.facts
+    test = SightTest(slots, book)
+    looks = np.array([[[[1, 0.1]] * 3, [[0.1, 1]] * 3]] * 2, np.float32)
+    assert test._doubtful(looks) == []
+    looks[0, 0, 0] = 0.1, 1
+    assert test._doubtful(looks) == []
+    looks[1, 1, 2] = 1, 0.1
+    assert test._doubtful(looks) == [1, 1]
+
+
+def test_what_is_in_flight_when_a_run_is_ended_is_not_kept() -> None:
+    book = AnswerBook(None, Config(), ServerFacts("", "", "", np.ones(2, np.float32)))
+    answers = book.of(utils.PreparedImage("image", "view", b""))
+    question = utils.questions("generic", 1)[0]
+    answers.keep(question, 0, {"text": "kept", "done": True})
+    book.set_aside("", why=BlindError("it does not see"))
+    with pytest.raises(BlindError, match="it does not see"):
+        answers.keep(question, 1, {"text": "in flight", "done": True})
 
 
 def test_a_run_is_tested_at_its_start_and_its_end(

@@ -4,7 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,10 +43,10 @@ def ask(
     """Run one coroutine with a server client."""
 
     async def main() -> T:
-        async with VlmServer(cfg, tell) as server:
+        async with utils.open_servers(cfg, tell) as [server]:
             return await work(server)
 
-    return asyncio.run(main())
+    return utils.run_async(main())
 
 
 def preflight(cfg: Config) -> ServerFacts:
@@ -65,9 +65,7 @@ def describe(
     """Ask the question as a phase does, keeping nothing."""
 
     async def work(server: VlmServer) -> Answer:
-        book = utils.AnswerBook(None, cfg, await server.preflight())
-        answers, turn = book.of(picture), await turn_on(server, cfg)
-        await utils.ask(picture, [QUESTION], answers, turn, embed=False, told=told)
+        answers = await asked_of(server, cfg, picture, told)
         chosen = answers.chosen(QUESTION)
         assert chosen is not None
         return chosen
@@ -75,10 +73,24 @@ def describe(
     return ask(cfg, work)
 
 
-async def turn_on(server: VlmServer, cfg: Config) -> utils.Turn:
-    slot = utils.slots_of(cfg, [server])[0]
-    await slot.free.acquire()
-    return utils.Turn(slot)
+async def asked_of(
+    server: VlmServer,
+    cfg: Config,
+    picture: PreparedImage,
+    told: Callable[[Answer], object],
+    kept: Sequence[str] = (),
+) -> utils.ImageAnswers:
+    """The answers after QUESTION was asked, where those kept were there before."""
+    book = utils.AnswerBook(None, cfg, await server.preflight())
+    answers = book.of(picture)
+    for attempt, text in enumerate(kept):
+        answers.keep(QUESTION, attempt, {"text": text, "done": True})
+
+    async def one(_: int, __: int, turn: utils.Turn) -> None:
+        await utils.ask(picture, [QUESTION], answers, turn, embed=False, told=told)
+
+    await utils.image_by_image([0], int, one, utils.slots_of(cfg, [server]))
+    return answers
 
 
 # --- Preflight ----------------------------------------------------------------------
@@ -282,18 +294,10 @@ def test_a_question_without_any_usable_answer_is_rejected(
 
 
 def test_attempts_of_an_earlier_run_are_not_repeated(
-    fake: FakeOllama, picture: PreparedImage, tmp_path: Path
+    fake: FakeOllama, picture: PreparedImage
 ) -> None:
     cfg = knobs(fake)
-
-    async def work(server: VlmServer) -> None:
-        book = utils.AnswerBook(tmp_path, cfg, await server.preflight())
-        answers, turn = book.of(picture), await turn_on(server, cfg)
-        for attempt in range(2):
-            answers.keep(QUESTION, attempt, {"text": "", "done": True})
-        await utils.ask(picture, [QUESTION], answers, turn, embed=False)
-
-    ask(cfg, work)
+    ask(cfg, lambda server: asked_of(server, cfg, picture, print, kept=["", ""]))
     seeds = [asked["seed"] for asked in fake.stats()["asked"] if asked["prompt"]]
     assert seeds == [QUESTION.seed(picture.image_id, 2)]
 
@@ -358,13 +362,13 @@ def test_a_server_that_fails_everything_stops_the_run(
     fake.control(faults={"oom": 1.0})
 
     async def work(server: VlmServer) -> None:
-        for _ in range(utils.GIVE_UP_AFTER + 1):
+        for _ in range(utils.BAD_ANSWERS + 1):
             try:
                 await server.answer(picture.png, QUESTION.prompt, 1)
             except RejectedError:
                 continue
 
-    with pytest.raises(PipelineError, match="requests in a row"):
+    with pytest.raises(PipelineError, match=r"12 of 12 .*can't describe an image"):
         ask(knobs(fake), work)
 
 
@@ -383,10 +387,12 @@ def test_a_server_that_goes_away_is_waited_for(
     assert describe(knobs(fake), picture).usable
 
 
-def test_a_server_that_stays_away_stops_the_run(picture: PreparedImage) -> None:
-    cfg = Config(host="http://127.0.0.1:9", wait=0.1)
+def test_a_server_that_stays_away_stops_the_run(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    fake.control(script=[("/api/chat", QUESTION.prompt, "refuse", 60.0)])
     with pytest.raises(PipelineError, match=r"has not answered.*ollama serve"):
-        ask(cfg, lambda s: s.answer(picture.png, QUESTION.prompt, 1))
+        describe(knobs(fake, "--wait", "0.1"), picture)
 
 
 def test_a_replaced_model_is_noticed(fake: FakeOllama) -> None:
@@ -425,7 +431,7 @@ def assert_equal(
 def test_texts_are_embedded_in_lists_and_in_order(fake: FakeOllama) -> None:
     vectors = embedded(knobs(fake), TEXTS)
     before = fake.stats()["requests"]["/api/embed"]
-    assert before == 4 + 3  # the preflight, and three lists
+    assert before == 4 + 1  # the preflight, and the list
     alone = embedded(knobs(fake), TEXTS[50:51])[0]
     assert_equal([vectors[50]], [alone])
 
@@ -519,12 +525,8 @@ def test_memory_holds_only_what_is_in_flight() -> None:
         await asyncio.sleep(0)
         done += 1
 
-    async def run() -> None:
-        async with VlmServer(Config(), print) as server:
-            slots = utils.slots_of(Config(), [server])
-            await utils.image_by_image(source(), int, work, slots)
-
-    asyncio.run(run())
+    slots = utils.slots_of(Config(), [VlmServer(Config(), print)])
+    asyncio.run(utils.image_by_image(source(), int, work, slots))
     assert done == 300
     assert most < 6
 
@@ -535,14 +537,10 @@ def test_the_first_error_ends_all_slots() -> None:
             raise PipelineError("three")
         await asyncio.sleep(0)
 
-    async def run() -> None:
-        cfg = Config(server_parallel=2)
-        async with VlmServer(cfg, print) as server:
-            slots = utils.slots_of(cfg, [server])
-            await utils.image_by_image(range(10**9), int, work, slots)
-
+    cfg = Config(server_parallel=2)
+    slots = utils.slots_of(cfg, [VlmServer(cfg, print)])
     with pytest.raises(PipelineError, match="three"):
-        utils.run_async(run())
+        utils.run_async(utils.image_by_image(range(10**9), int, work, slots))
 
 
 def test_an_idle_slot_takes_questions_of_an_image_that_has_many_left(

@@ -205,7 +205,7 @@ def busy_server(folder: Path, quick: bool) -> None:
     print(f"a  {images} images x 50 descriptions, gpu-like, scale {scale}")
     for slots in (1, 4):
         base = label(folder / f"a{slots}", images)
-        flags = ("--server-parallel", slots)
+        flags = ("--server-parallel", slots, "--no-sight-test")
         settings = {"time_model": "gpu", "time_scale": scale, "num_parallel": slots}
         with stand_in(**settings, cache_ram_mib=0) as url:
             used = phase2(base, url, *flags)
@@ -213,12 +213,13 @@ def busy_server(folder: Path, quick: bool) -> None:
         took_s = asking_s(seen)
         in_use = seen["slot_busy_s"] / (slots * took_s)
         ratio = took_s / seen["busy_s"]
-        report(f"{slots} slot(s): wall / server busy", f"{ratio:.3f}", "<= 1.03")
+        target = "<= 1.03" if slots == 1 else "<= 1.05"
+        report(f"{slots} slot(s): wall / server busy", f"{ratio:.3f}", target)
         report(f"{slots} slot(s): slots in use, share of wall", f"{in_use:.3f}", "none")
         around_s = used.wall_s - took_s
         report(f"{slots} slot(s): start and end, seconds", f"{around_s:.1f}", "none")
         encodes = seen["encodes"] / images
-        report(f"b  {slots} slot(s): encodes per image", f"{encodes:.2f}", "1.00")
+        report(f"b  {slots} slot(s): encodes per image", f"{encodes:.2f}", "<= 1.1")
 
 
 def encodes_of_old_servers(folder: Path) -> None:
@@ -226,8 +227,9 @@ def encodes_of_old_servers(folder: Path) -> None:
     for slots in (1, 4):
         base = label(folder / f"b{slots}", 16)
         settings = {"era": "llamarunner", "time_model": "gpu", "time_scale": 0.02}
+        flags = ("--server-parallel", slots, "--no-sight-test")
         with stand_in(**settings, num_parallel=slots) as url:
-            phase2(base, url, "--server-parallel", slots, "--descriptions", 8)
+            phase2(base, url, *flags, "--descriptions", 8)
             encodes = stats(url)["encodes"] / 16
         report(f"b  0.24, {slots} slot(s): encodes per image", f"{encodes:.2f}", "1.00")
 
