@@ -3443,6 +3443,9 @@ NEIGHBOUR_COUNT, PIXEL_NEIGHBOUR_COUNT = 10, 5
 NEVER = 1.01
 """A confidence threshold that no image reaches: such a class is never answered."""
 
+SURE = 0.9
+"""Readers that disagree are not asked further above this confidence of the first."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -3490,6 +3493,12 @@ class Opinion:
     nearest: Sequence[str] = ()
     """Training images that are most alike, the closest first."""
 
+    @property
+    def unlike(self) -> str:
+        """How far it is from training, in words."""
+        nearest = f"; nearest {self.nearest[0]}" if self.nearest else ""
+        return f"unlike all in training ({self.novelty:.1f} times the limit{nearest})"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -3500,7 +3509,7 @@ class Decision:
     best_class: str
     """The class of the largest confidence; the second reader's before any question."""
     confidences: dict[str, float]
-    """Of the descriptions' reader, every class; empty before any question."""
+    """Of the descriptions' reader, the largest first; empty before any question."""
     reason: str
     """Why the label is INCONCLUSIVE; "" also where only the questions are missing."""
     words: Opinion | None
@@ -3509,6 +3518,13 @@ class Decision:
     """None with `one_reader`."""
     stage: int
     """The number of descriptions whose limits were applied; 0 before any question."""
+
+    @property
+    def final(self) -> bool:
+        """Whether further questions would hardly change it."""
+        return not self.reason or bool(
+            self.words and beyond_doubt(self.words, self.picture)
+        )
 
 
 def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
@@ -3591,34 +3607,34 @@ def refusal(
     needed : mapping
         The confidence that an answer needs, by class.
     """
-    return next(_doubts(words, picture, needed), "")
+
+    def doubts() -> Iterator[str]:
+        if picture and picture.novelty > 1:
+            yield f"the picture is {picture.unlike}"
+        if words is None:
+            return
+        if words.novelty > 1:
+            yield f"the descriptions are {words.unlike}"
+        label, least = words.label, needed[words.label]
+        if picture and picture.label != label:
+            yield f"descriptions say {label}, picture says {picture.label}"
+        if least >= NEVER:
+            yield f"no confidence in {label} kept the errors within the accepted share"
+        if words.confidence < least:
+            yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+
+    return next(doubts(), "")
 
 
-def _doubts(
-    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
-) -> Iterator[str]:
-    """All that speaks against an answer, in the order in which it is said."""
-    if picture and picture.novelty > 1:
-        yield _unlike("the picture is", picture)
-    if words is None:
-        return
-    if words.novelty > 1:
-        yield _unlike("the descriptions are", words)
-    label, least = words.label, needed[words.label]
-    if picture and picture.label != label:
-        yield f"descriptions say {label}, picture says {picture.label}"
-    if least >= NEVER:
-        yield f"no confidence in {label} kept the errors within the accepted share"
-    if words.confidence < least:
-        yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+def beyond_doubt(words: Opinion, picture: Opinion | None) -> bool:
+    """Whether an image that is refused need not be asked further questions.
 
-
-def _unlike(what: str, opinion: Opinion) -> str:
-    nearest = f"; nearest {opinion.nearest[0]}" if opinion.nearest else ""
-    return (
-        f"{what} unlike all in training ({opinion.novelty:.1f} times the limit"
-        f"{nearest})"
-    )
+    The readers disagree, and the descriptions are sure of their class: of 480 known
+    drawn images in eight draws one would have been answered after all ten, and
+    unknown images take 1.3 questions instead of 2.8.
+    """
+    disagree = picture is not None and picture.label != words.label
+    return disagree and words.confidence > SURE
 
 
 def foreign_modality(modality: str, trained: Sequence[str]) -> str:
@@ -3699,7 +3715,8 @@ def _read(
         novelty=times_limit(distances.mean(), limits["descriptions"]),
         nearest=[str(model.names[owner]) for owner, _ in owners],
     )
-    return opinion, {name: float(p) for name, p in zip(classes, shares, strict=True)}
+    order = np.argsort(-shares, kind="stable")
+    return opinion, {classes[at]: float(shares[at]) for at in order}
 
 
 def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:

@@ -507,6 +507,21 @@ def test_files_with_equal_pixels_are_asked_once(
     assert {**first, "file": ""} == {**second, "file": ""}
 
 
+def test_equal_pixels_of_another_modality_are_decided_for_themselves(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = phantoms.exposure("TOR", 77, side=160)
+    image.Modality = "CT"
+    phantoms.write(image, new / "TOR_as_CT")
+    with FakeOllama() as fake:
+        assert phase4(base, fake, "--json", new / "TOR", new / "TOR_as_CT") == 0
+    known, foreign = json_lines(capsys)
+    assert known["image_id"] == foreign["image_id"]
+    assert "Modality CT" not in known["reason"]
+    assert "Modality CT is not among those of training" in foreign["reason"]
+    assert foreign["questions"] == 0
+
+
 def test_an_image_new_to_the_second_reader_is_asked_nothing(
     base: Path, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
