@@ -648,6 +648,8 @@ def answer(
         needed = each["one_reader" if one_reader else "confidence"]
         if not (reason := utils.refusal(words, picture, needed)):
             return best, int(stage), ""
+        if utils.beyond_doubt(words, picture):
+            break
     return -1, int(stage), reason
 
 
