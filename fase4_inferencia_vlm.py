@@ -32,7 +32,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -107,15 +107,8 @@ def check_conditions(
 ) -> list[str]:
     """Refuse a model that was made under other conditions; with --force only say so.
 
-    Parameters
-    ----------
-    facts : ServerFacts or None
-        None compares what the command line alone decides.
-
-    Returns
-    -------
-    list of str
-        The differences that ``--force`` passes over; empty when all is the same.
+    Without facts of the server: what the command line alone decides. Returns the
+    differences that ``--force`` passes over.
     """
     now = utils.conditions(cfg, facts)
     trained = {name: metrics["conditions"].get(name) for name in now}
@@ -168,23 +161,33 @@ def look_at(result: Result) -> None:
 
 @dataclass
 class Inference:
-    """Describes, embeds and decides; hands every finished file on, in input order."""
+    """Decides on one file after another, and shows every result as it comes.
+
+    Results come in the order of the files. Their rows, tiles and copies wait until a
+    sight test shows that the server looked; with --no-sight-test nothing waits.
+    """
 
     servers: Sequence[utils.VlmServer]
-    model: "asyncio.Task[utils.Model]"
+    model: asyncio.Task[utils.Model]
     book: AnswerBook
-    output: "Output"
+    sinks: "Sequence[Sink]"
+    made_with: Mapping[str, Any]
+    bar: Any
     cfg: Config
     asked: int = 0
     """Images that were asked something since the last sight test."""
-    unfinished: deque[Result] = field(default_factory=deque)
-    """Begun and not handed on."""
+    begun: deque[Result] = field(default_factory=deque)
+    """Not shown yet: they, or files before them, are not finished."""
+    shown: "list[tuple[Result, Record]]" = field(default_factory=list)
+    """Waiting for a sight test."""
     twins: dict[str, asyncio.Lock] = field(
         default_factory=lambda: defaultdict(asyncio.Lock)
     )
+    settled: Counter[int] = field(default_factory=Counter)
+    """Images by the number of their questions; -1 for those that failed."""
 
     async def run(self, paths: Sequence[Path]) -> None:
-        """Classify every file; a file that fails is handed on with its reason."""
+        """Classify every file; a file that fails is shown with its reason."""
         slots = utils.slots_of(self.cfg, self.servers)
         sight = None if self.cfg.no_sight_test else utils.SightTest(slots, self.book)
 
@@ -194,38 +197,36 @@ class Inference:
                 try:
                     await sight.run(may_drop)
                 except utils.BlindError:
-                    self.output.withdraw()
+                    self.withdraw()
                     raise
-                self.output.settle()
+                self.settle()
 
-        def begun() -> Iterator[Result]:
+        def begin() -> Iterator[Result]:
             for path in paths:
-                self.unfinished.append(Result(path))
-                yield self.unfinished[-1]
+                self.begun.append(Result(path))
+                yield self.begun[-1]
 
         if sight and not sight.is_recent(answers=500, minutes=30):
             await test(may_drop=self.cfg.any_host)
         await utils.image_by_image(
-            begun(), look_at, self.finish, slots, lambda: test(TEST_EVERY)
+            begin(), look_at, self.finish, slots, lambda: test(TEST_EVERY)
         )
         await test(TEST_AT_END + 1)
-        self.output.settle()
+        self.settle()
 
     async def finish(self, result: Result, _: None, turn: utils.Turn) -> None:
-        """Decide, and hand on what no earlier file keeps waiting."""
+        """Decide, and show what no earlier file keeps waiting."""
         if result.picture:
             twin = self.twins[result.picture.image_id]
-            if twin.locked():  # equal pixels are asked once: their answers will do
+            if twin.locked():  # equal pixels are asked once: those answers will do
                 turn.end()
             async with twin:
                 try:
                     result.decision = await self.decide(result, result.picture, turn)
                 except RejectedError as error:
                     result.error = str(error)
-        while self.unfinished and (
-            self.unfinished[0].decision or self.unfinished[0].error
-        ):
-            self.output.add(self.unfinished.popleft())
+        while self.begun and (self.begun[0].decision or self.begun[0].error):
+            self.show(self.begun.popleft())
 
     async def decide(
         self, result: Result, picture: utils.PreparedImage, turn: utils.Turn
@@ -256,6 +257,38 @@ class Inference:
                 break
         return decision
 
+    def show(self, result: Result) -> None:
+        """Print one result, for a person or as a line of JSON."""
+        found = record(result, {"time": now(), **self.made_with})
+        lines = [json.dumps(found)] if self.cfg.json else [line(found)]
+        if self.cfg.verbose and not self.cfg.json:
+            lines += details(found)
+        with tqdm.external_write_mode(sys.stdout):
+            print(*lines, sep="\n", flush=True)
+        self.bar.update()
+        self.shown.append((result, found))
+        if self.cfg.no_sight_test:
+            self.settle()
+
+    def settle(self) -> None:
+        """The server is shown to see: what waits is written."""
+        for result, found in self.shown:
+            for write in self.sinks:
+                write(result, found)
+            self.settled[len(result.texts) if result.decision else -1] += 1
+        self.shown.clear()
+
+    def withdraw(self) -> None:
+        """The server does not see: of what waits stands only what was not asked."""
+        waiting, self.shown = self.shown, []
+        for result, found in waiting:
+            if result.texts:
+                result.decision, result.error = None, "withdrawn: the sight test failed"
+                self.show(result)
+            else:
+                self.shown.append((result, found))
+        self.settle()
+
 
 # --- What comes out -----------------------------------------------------------------
 
@@ -275,8 +308,9 @@ def record(result: Result, made_with: Mapping[str, Any]) -> Record:
         return {**found, "error": result.error, **made_with}
     names = {"label": "class", "words": "descriptions_say", "picture": "picture_says"}
     said = {names.get(key, key): value for key, value in asdict(decision).items()}
-    texts = {"questions": len(result.texts), "descriptions": result.texts}
-    return {**found, **said, **texts, **made_with}
+    ranked = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
+    said |= {"confidences": dict(ranked), "questions": len(result.texts)}
+    return {**found, **said, "descriptions": result.texts, **made_with}
 
 
 def line(found: Record) -> str:
@@ -316,7 +350,7 @@ TABLE_COLUMNS = (
 )
 
 
-def table(path: Path, classes: Sequence[str], opened: ExitStack) -> Sink:
+def table(path: Path, classes: Sequence[str], opened: AsyncExitStack) -> Sink:
     """Open the CSV file of --csv; each record is on its way to the disk at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = opened.enter_context(path.open("wb"))
@@ -341,72 +375,70 @@ def table(path: Path, classes: Sequence[str], opened: ExitStack) -> Sink:
     return add
 
 
-class Gallery:
-    """The page of --html: written empty before the first question, whole at the end."""
+STATES = (config.INCONCLUSIVE, "answered", "failed")
+"""In their order on the page: what to label next comes first."""
 
-    STATES = (config.INCONCLUSIVE, "answered", "failed")
-    """In the order in which they stand: what to label next comes first."""
 
-    def __init__(self, path: Path, classes: Sequence[str], dataset: Path) -> None:
-        self._path, self._classes = path, classes
-        self._thumbnails = dataset / config.THUMBNAIL_DIR
-        images = dataset / config.DATASET_IMAGES
-        rows = utils.read_csv(images) if images.is_file() else []
-        self._ids = {row["file"]: row["image_id"] for row in rows}
-        self._tiles: list[utils.Tile] = []
-        self._pictures: dict[str, bytes] = {}
-        self._foot: list[str] = []
-        self.write()
+def page(
+    path: Path, classes: Sequence[str], dataset: Path, opened: AsyncExitStack
+) -> Sink:
+    """The page of --html: written empty now, and whole at the end, also by Ctrl-C."""
+    images = dataset / config.DATASET_IMAGES
+    rows = utils.read_csv(images) if images.is_file() else []
+    trained = {row["file"]: row["image_id"] for row in rows}
+    tiles: list[utils.Tile] = []
+    pictures: dict[str, bytes] = {}
+    foot: list[str] = []
 
-    def add(self, result: Result, found: Record) -> None:
-        """Take one image."""
+    def neighbour(file: str) -> tuple[str, str]:
+        key = trained.get(file, "")
+        thumbnail = dataset / config.THUMBNAIL_DIR / f"{key}.jpg"
+        if key not in pictures and thumbnail.is_file():
+            pictures[key] = thumbnail.read_bytes()
+        return key, file
+
+    def add(result: Result, found: Record) -> None:
         tile = utils.Tile(found["file"], state="failed", lines=[result.error])
         if result.decision and result.picture:
             key, saw = found["image_id"], dict(opinions(found))
             near = dict.fromkeys(file for nearest in saw.values() for file in nearest)
-            label = "" if found["class"] == config.INCONCLUSIVE else found["class"]
+            doubtful = found["class"] == config.INCONCLUSIVE
             tile = tile._replace(
                 picture=key,
                 file=str(result.path.resolve()),
-                label=label,
-                state="answered" if label else config.INCONCLUSIVE,
+                label="" if doubtful else found["class"],
+                state=STATES[0] if doubtful else "answered",
                 lines=[*filter(None, [found["reason"]]), *saw],
                 shares=found["confidences"],
-                near=[(self._known(file), file) for file in list(near)[:4]],
+                near=[neighbour(file) for file in list(near)[:4]],
                 details=found["descriptions"],
             )
-            self._pictures[key] = utils.thumbnail(result.picture.grey)
-        self._tiles.append(tile)
+            pictures[key] = utils.thumbnail(result.picture.grey)
+        tiles.append(tile)
         keys = ("program_version", "vlm_digest", "embedder_digest", "model", "warnings")
-        self._foot = [f"{key}: {found[key]}" for key in keys if found[key]]
+        foot[:] = [f"{key}: {found[key]}" for key in keys if found[key]]
 
-    def _known(self, file: str) -> str:
-        """Key of a training image, "" for none; its thumbnail is read where it is."""
-        key = self._ids.get(file, "")
-        thumbnail = self._thumbnails / f"{key}.jpg"
-        if key not in self._pictures and thumbnail.is_file():
-            self._pictures[key] = thumbnail.read_bytes()
-        return key
+    def surest_last(tile: utils.Tile) -> tuple[int, float]:
+        return STATES.index(tile.state), max(tile.shares.values(), default=0)
 
-    def write(self) -> None:
-        """Write the page, also after Ctrl-C, with the images that are there."""
-        doubtful = sum(tile.state == config.INCONCLUSIVE for tile in self._tiles)
-        title = f"{doubtful} of {len(self._tiles)} images are {config.INCONCLUSIVE}"
+    def write() -> None:
+        doubtful = sum(tile.state == STATES[0] for tile in tiles)
+        title = f"{doubtful} of {len(tiles)} images are {config.INCONCLUSIVE}"
         first = "They stand first: label those that should be known, and train again."
-
-        def surest_last(tile: utils.Tile) -> tuple[int, float]:
-            return self.STATES.index(tile.state), max(tile.shares.values(), default=0)
-
         sheet = utils.Sheet(
-            title=f"Phase 4: {len(self._tiles)} images, {now()}",
-            folder=str(self._path.resolve().parent),
-            tiles=sorted(self._tiles, key=surest_last),
-            pictures=self._pictures,
-            classes=self._classes,
+            title=f"Phase 4: {len(tiles)} images, {now()}",
+            folder=str(path.resolve().parent),
+            tiles=sorted(tiles, key=surest_last),
+            pictures=pictures,
+            classes=classes,
             sections=[utils.Section(title, [first, utils.HOW_TO_MARK])],
-            foot=self._foot,
+            foot=foot,
         )
-        utils.page(self._path, sheet)
+        utils.page(path, sheet)
+
+    write()
+    opened.callback(write)
+    return add
 
 
 def copy_into(folder: Path, book: AnswerBook, result: Result, _: Record) -> None:
@@ -439,64 +471,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@dataclass
-class Output:
-    """Shows every result as it comes; its row, tile and copy wait for a sight test.
-
-    With --no-sight-test nothing waits.
-    """
-
-    made_with: Mapping[str, Any]
-    sinks: Sequence[Sink]
-    cfg: Config
-    bar: Any
-    failed: int = 0
-    asked: Counter[int] = field(default_factory=Counter)
-    """Images by the number of questions after which they were decided."""
-    waiting: list[tuple[Result, Record]] = field(default_factory=list)
-
-    def add(self, result: Result) -> None:
-        """Show one result at once, for a person or as a line of JSON."""
-        found = record(result, {"time": now(), **self.made_with})
-        with tqdm.external_write_mode(sys.stdout):
-            print(json.dumps(found) if self.cfg.json else line(found), flush=True)
-            if self.cfg.verbose and not self.cfg.json:
-                print(*details(found), sep="\n", flush=True)
-        self.bar.update()
-        self.waiting.append((result, found))
-        if self.cfg.no_sight_test:
-            self.settle()
-
-    def settle(self) -> None:
-        """The server is shown to see: what waits is written."""
-        for result, found in self.waiting:
-            for take in self.sinks:
-                take(result, found)
-            if result.decision is None:
-                self.failed += 1
-            else:
-                self.asked[len(result.texts)] += 1
-        self.waiting.clear()
-
-    def withdraw(self) -> None:
-        """The server does not see: of what waits stands only what was not asked."""
-        waiting, self.waiting = self.waiting, []
-        for result, found in waiting:
-            if result.texts:
-                result.decision, result.error = None, "withdrawn: the sight test failed"
-                self.add(result)
-            else:
-                self.waiting.append((result, found))
-        self.settle()
-
-    def summary(self) -> str:
-        """How many questions the decisions took."""
-        counts = sorted(self.asked.items())
-        after = ", ".join(f"{images} after {asked}" for asked, images in counts)
-        mean = sum(self.asked.elements()) / max(self.asked.total(), 1)
-        return f"images by questions: {after or 'none'} (mean {mean:.1f})"
-
-
 # --- The phase ----------------------------------------------------------------------
 
 
@@ -518,7 +492,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def open_outputs(
-    cfg: Config, classes: Sequence[str], opened: ExitStack
+    cfg: Config, classes: Sequence[str], opened: AsyncExitStack
 ) -> Iterator[Sink]:
     """Refuse before the first question what would replace an image or can't be written.
 
@@ -537,9 +511,7 @@ def open_outputs(
     if cfg.csv:
         yield table(cfg.csv, classes, opened)
     if cfg.html:
-        gallery = Gallery(cfg.html, classes, cfg.folder("dataset_dir"))
-        opened.callback(gallery.write)
-        yield gallery.add
+        yield page(cfg.html, classes, cfg.folder("dataset_dir"), opened)
 
 
 def run(cfg: Config, paths: Sequence[Path]) -> int:
@@ -554,22 +526,20 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
     check_conditions(metrics, None, cfg)
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    with ExitStack() as opened:
-        sinks = list(open_outputs(cfg, metrics["class_names"], opened))
-        return utils.run_async(classify(files, metrics, sinks, opened, cfg))
+    return utils.run_async(classify(files, metrics, cfg))
 
 
 async def classify(
-    files: Sequence[Path],
-    metrics: Mapping[str, Any],
-    sinks: list[Sink],
-    opened: ExitStack,
-    cfg: Config,
+    files: Sequence[Path], metrics: Mapping[str, Any], cfg: Config
 ) -> int:
     """Check that model and server fit, then work through the files."""
-    folder = cfg.folder("model_dir")
-    model = asyncio.create_task(asyncio.to_thread(utils.load_model, folder, metrics))
-    async with utils.open_servers(cfg, log.info) as named:
+    folder, classes = cfg.folder("model_dir"), metrics["class_names"]
+    async with AsyncExitStack() as opened:
+        sinks = list(open_outputs(cfg, classes, opened))
+        named = await opened.enter_async_context(utils.open_servers(cfg, log.info))
+        model = asyncio.create_task(
+            asyncio.to_thread(utils.load_model, folder, metrics)
+        )
         servers, facts = await utils.preflight(named, cfg)
         warnings = check_conditions(metrics, facts, cfg)
         if cfg.inference_descriptions != metrics["k"]:
@@ -589,18 +559,27 @@ async def classify(
             "model": utils.sha256_of(folder / config.METRICS)[:12],
             "warnings": warnings,
         }
-        with (
-            logging_redirect_tqdm(),
-            tqdm(total=len(files), unit="image", disable=cfg.quiet or None) as bar,
-        ):
-            output = Output(made_with, sinks, cfg, bar)
-            await Inference(servers, model, book, output, cfg).run(files)
-        for said in (output.summary(), *utils.work_done(servers)):
+        opened.enter_context(logging_redirect_tqdm())
+        bar = tqdm(total=len(files), unit="image", disable=cfg.quiet or None)
+        opened.enter_context(bar)
+        images = Inference(servers, model, book, sinks, made_with, bar, cfg)
+        await images.run(files)
+        bar.close()
+        for said in (summary(images.settled), *utils.work_done(servers)):
             log.info("%s", said)
-    return utils.EXIT_SOME_FAILED if output.failed else utils.EXIT_DONE
+    failed = images.settled[-1]
+    return utils.EXIT_SOME_FAILED if failed else utils.EXIT_DONE
 
 
-def open_book(cfg: Config, facts: ServerFacts, opened: ExitStack) -> AnswerBook:
+def summary(settled: Mapping[int, int]) -> str:
+    """After how many questions the images were decided."""
+    counts = {asked: n for asked, n in sorted(settled.items()) if asked >= 0}
+    after = ", ".join(f"{n} after {asked}" for asked, n in counts.items())
+    mean = sum(asked * n for asked, n in counts.items()) / max(sum(counts.values()), 1)
+    return f"images by questions: {after or 'none'} (mean {mean:.1f})"
+
+
+def open_book(cfg: Config, facts: ServerFacts, opened: AsyncExitStack) -> AnswerBook:
     """The journal; where nothing can be written, one that lasts as long as the run."""
     folder = cfg.folder("dataset_dir") / config.JOURNAL_DIR
     try:

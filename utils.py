@@ -3509,7 +3509,7 @@ class Decision:
     best_class: str
     """The class of the largest confidence; the second reader's before any question."""
     confidences: dict[str, float]
-    """Of the descriptions' reader, the largest first; empty before any question."""
+    """Of the descriptions' reader, every class; empty before any question."""
     reason: str
     """Why the label is INCONCLUSIVE; "" also where only the questions are missing."""
     words: Opinion | None
@@ -3557,9 +3557,8 @@ def fit_neighbours(points: NDArray[Any], count: int) -> Any:
     """A NearestNeighbors that finds `count` points, or as many as there are."""
     from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415
 
-    return NearestNeighbors(n_neighbors=min(count, len(points)), algorithm="brute").fit(
-        points
-    )
+    count = min(count, len(points))
+    return NearestNeighbors(n_neighbors=count, algorithm="brute").fit(points)
 
 
 def project(
@@ -3584,10 +3583,9 @@ def sums_of_pairs(n_classes: int) -> NDArray[np.float64]:
 
     In scikit-learn's order of pairs; of two classes, positive means the second.
     """
-    if n_classes == 2:
-        return np.array([[-1.0], [1.0]])
     first, second = np.triu_indices(n_classes, 1)
-    return np.asarray(np.eye(n_classes)[first] - np.eye(n_classes)[second]).T
+    signs = np.eye(n_classes)[:, first] - np.eye(n_classes)[:, second]
+    return -signs if n_classes == 2 else signs
 
 
 def times_limit(distance: float, limit: float) -> float:
@@ -3682,15 +3680,9 @@ def decide(  # noqa: PLR0913
     reason = reason or refusal(words, picture, needed)
     heard = words or picture
     best = heard.label if heard else ""
-    return Decision(
-        label=config.INCONCLUSIVE if reason or not words else best,
-        best_class=best,
-        confidences=shares,
-        reason=reason,
-        words=words,
-        picture=picture,
-        stage=stage if words else 0,
-    )
+    label = config.INCONCLUSIVE if reason or not words else best
+    asked = stage if words else 0
+    return Decision(label, best, shares, reason, words, picture, asked)
 
 
 def _read(
@@ -3704,35 +3696,25 @@ def _read(
     scaled = np.asarray(model.scaler.transform(rows), np.float32)
     shares = model.classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
     shares = shares ** limits["factor"]
-    shares /= shares.sum()
-    classes = [str(name) for name in model.classifier.classes_]
-    best = int(np.argmax(shares))
+    names = [str(name) for name in model.classifier.classes_]
+    confidences = dict(zip(names, map(float, shares / shares.sum()), strict=True))
+    best = max(confidences, key=lambda name: confidences[name])  # the first of equals
     distances, found = model.descriptions.kneighbors(project(scaled, model.projection))
     owners = Counter(model.owner[found].T.ravel().tolist()).most_common(3)
-    opinion = Opinion(
-        label=classes[best],
-        confidence=float(shares[best]),
-        novelty=times_limit(distances.mean(), limits["descriptions"]),
-        nearest=[str(model.names[owner]) for owner, _ in owners],
-    )
-    order = np.argsort(-shares, kind="stable")
-    return opinion, {classes[at]: float(shares[at]) for at in order}
+    novelty = times_limit(distances.mean(), limits["descriptions"])
+    nearest = [str(model.names[owner]) for owner, _ in owners]
+    return Opinion(best, confidences[best], novelty, nearest), confidences
 
 
 def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
     """The second reader, of whose classes none has a confidence."""
-    scores = class_scores(
-        model.second.decision_function(pixels[None]), len(model.second.classes_)
-    )
-    distances, found = model.pictures.kneighbors(
-        model.second[0].transform(pixels[None])
-    )
-    return Opinion(
-        label=str(model.second.classes_[scores[0].argmax()]),
-        confidence=1.0,
-        novelty=times_limit(distances.mean(), model.thresholds["pixels"]),
-        nearest=[str(model.names[image]) for image in found[0, :3]],
-    )
+    classes = model.second.classes_
+    scores = class_scores(model.second.decision_function(pixels[None]), len(classes))
+    scaled = model.second[0].transform(pixels[None])
+    distances, found = model.pictures.kneighbors(scaled)
+    novelty = times_limit(distances.mean(), model.thresholds["pixels"])
+    nearest = [str(model.names[image]) for image in found[0, :3]]
+    return Opinion(str(classes[scores[0].argmax()]), 1.0, novelty, nearest)
 
 
 # --- The page -----------------------------------------------------------------------
