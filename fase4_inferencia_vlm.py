@@ -251,8 +251,8 @@ class Inference:
             some, turn.stays = asked[:stage], stage < len(asked)
             await utils.ask(picture, some, answers, turn)
             result.texts = answers.texts(some)
-            limits = stage if stage in model.stages else model.stages[-1]
-            decision = decided(rows=answers.rows(some), stage=limits)
+            limits = [s for s in model.stages if s >= stage] or model.stages[-1:]
+            decision = decided(rows=answers.rows(some), stage=limits[0])
             if decision.final and not cfg.ask_all:
                 break
         return decision

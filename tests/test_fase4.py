@@ -602,6 +602,10 @@ def test_each_stage_has_thresholds_of_its_own(
             (result,) = json_lines(capsys)
             assert (result["stage"], result["questions"]) == (stage, stage)
             assert asked(fake) == stage
+        answer_only_at(base, 3)
+        phase4(base, fake, "--one-reader", "--json", "--descriptions", 2, new / "TOR")
+    (result,) = json_lines(capsys)
+    assert (result["stage"], result["questions"]) == (3, 2)  # the nearest limits
 
 
 KILLED_BETWEEN_STAGES = """
