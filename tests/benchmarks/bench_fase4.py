@@ -32,11 +32,11 @@ import fase3_entrenamiento_svc as fase3
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = 5
-TRAINED_SIDE = 160
+TRAINED_SIDE = 512
 
 
 def train(base: Path) -> None:
-    """A model of twenty small images a class."""
+    """A model of twenty images a class."""
     for label in phantoms.LABELS:
         for seed in range(20):
             path = base / "datos_etiquetados" / label / f"{seed}.dcm"
