@@ -474,8 +474,9 @@ def test_files_with_equal_pixels_are_asked_once(
     base: Path, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(new / "TOR", new / "twin")
-    with FakeOllama() as fake:
-        assert phase4(base, fake, "--ask-all", "--json", new / "TOR", new / "twin") == 0
+    with FakeOllama(num_parallel=2) as fake:
+        flags = ("--ask-all", "--json", "--server-parallel", 2)
+        assert phase4(base, fake, *flags, new / "TOR", new / "twin") == 0
         assert asked(fake) == 5
     first, second = json_lines(capsys)
     assert {**first, "file": ""} == {**second, "file": ""}
