@@ -601,6 +601,8 @@ def answer(
         reason = utils.refusal(words, picture, needed)
         if not reason:
             return best, int(stage), ""
+        if utils.beyond_doubt(words, picture):
+            break
     return -1, int(stage), reason
 
 

@@ -30,33 +30,25 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import config
 import utils
 from config import Config
-from utils import (
-    AnswerBook,
-    BlindError,
-    Decision,
-    Model,
-    PipelineError,
-    PreparedImage,
-    RejectedError,
-    ServerFacts,
-    SightTest,
-    Turn,
-    VlmServer,
-)
+from utils import AnswerBook, Decision, PipelineError, RejectedError, ServerFacts
 
 log = logging.getLogger("fase4")
 
@@ -80,24 +72,20 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     metrics = utils.read_json(
         folder / config.METRICS, "run `python fase3_entrenamiento_svc.py` first"
     )
-    try:
-        digests, trained_with = metrics["sha256"], metrics["libraries"]["scikit-learn"]
-    except (KeyError, TypeError):
-        raise PipelineError(
-            f"{folder / config.METRICS} does not describe a model: {TRAIN_AGAIN}"
-        ) from None
+    digests = metrics.get("sha256") or {}
     if config.SECOND_READER not in digests:
         raise PipelineError(
-            f"the model in {folder} is of an older version, without a second reader: "
-            "run phases 2 and 3 again (phase 2 asks only what is new)"
+            f"{folder / config.METRICS} describes no model, or one of an older version "
+            "without a second reader: run phases 2 and 3 again (phase 2 asks only what "
+            "is new)"
         )
     for name, expected in digests.items():
         utils.check_digest(folder / name, expected, TRAIN_AGAIN)
-    if trained_with != version("scikit-learn"):
+    here, trained_with = version("scikit-learn"), metrics["libraries"]["scikit-learn"]
+    if trained_with != here:
         raise PipelineError(
             f"the model in {folder} was made with scikit-learn {trained_with}, here is "
-            f"{version('scikit-learn')}: {TRAIN_AGAIN}, or "
-            f"`pip install scikit-learn=={trained_with}`"
+            f"{here}: {TRAIN_AGAIN}, or `pip install scikit-learn=={trained_with}`"
         )
     return metrics
 
@@ -119,15 +107,8 @@ def check_conditions(
 ) -> list[str]:
     """Refuse a model that was made under other conditions; with --force only say so.
 
-    Parameters
-    ----------
-    facts : ServerFacts or None
-        None compares what the command line alone decides.
-
-    Returns
-    -------
-    list of str
-        The differences that ``--force`` passes over; empty when all is the same.
+    Without facts of the server: what the command line alone decides. Returns the
+    differences that ``--force`` passes over.
     """
     now = utils.conditions(cfg, facts)
     trained = {name: metrics["conditions"].get(name) for name in now}
@@ -153,185 +134,212 @@ def check_conditions(
     return found
 
 
-def stages(model: Model, asked: int) -> list[int]:
-    """Numbers of descriptions after which it is decided; the last is `asked`."""
-    return [stage for stage in model.stages if stage < asked] + [asked]
-
-
 # --- One image after another --------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Result:
-    """One file, and what came of it."""
+    """One file, and what came of it: a decision or an error."""
 
     path: Path
-    picture: PreparedImage | None = None
+    picture: utils.PreparedImage | None = None
+    pixels: NDArray[np.float32] | None = None
+    """(40,), `utils.picture_statistics`."""
     texts: list[str] = field(default_factory=list)
     error: str = ""
     decision: Decision | None = None
 
 
-class Inference:
-    """Describes, embeds and decides; hands every finished file on, in input order."""
-
-    def __init__(
-        self,
-        servers: Sequence[VlmServer],
-        model: "asyncio.Task[Model]",
-        book: AnswerBook,
-        cfg: Config,
-        delivery: "Delivery",
-    ) -> None:
-        self._servers, self._model, self._book = servers, model, book
-        self._cfg, self._delivery, self._asked = cfg, delivery, 0
-        self._waiting: list[Result] = []
-        self._finished: list[Result] = []
-        self._first: dict[str, tuple[Result, asyncio.Event]] = {}
-
-    async def run(self, paths: Sequence[Path]) -> None:
-        """Classify every file; a file that fails is delivered with its reason."""
-        results = [Result(path) for path in paths]
-        self._waiting = list(results)
-        slots = utils.slots_of(self._cfg, self._servers)
-        if self._cfg.no_sight_test:
-            await utils.image_by_image(results, _prepared, self._work, slots)
-            return
-        sight = utils.SightTest(slots, self._book)
-
-        async def between() -> None:
-            if self._asked >= TEST_EVERY:
-                self._asked = 0
-                await self._test(sight)
-
-        if not sight.is_recent(answers=500, minutes=30):
-            await self._test(sight, self._cfg.any_host)
-        await utils.image_by_image(results, _prepared, self._work, slots, between)
-        if self._asked > TEST_AT_END:
-            await self._test(sight)
-
-    async def _test(self, sight: SightTest, may_drop: bool = False) -> None:
-        try:
-            await sight.run(may_drop)
-        except BlindError:
-            self._delivery.withdraw()
-            raise
-        self._delivery.settle()
-
-    async def _work(self, result: Result, _: None, turn: Turn) -> None:
-        picture = result.picture
-        if picture is not None:
-            first, done = self._first.setdefault(
-                picture.image_id, (result, asyncio.Event())
-            )
-            if first is result:
-                await self._classify(result, picture, turn)
-                done.set()
-            else:  # equal pixels are asked once
-                turn.end()
-                await done.wait()
-                result.decision, result.error = first.decision, first.error
-                result.texts = first.texts
-        self._finished.append(result)
-        while self._waiting and self._waiting[0] in self._finished:
-            self._finished.remove(self._waiting[0])
-            self._delivery.add(self._waiting.pop(0))
-
-    async def _classify(
-        self, result: Result, picture: PreparedImage, turn: Turn
-    ) -> None:
-        """The picture first, then the descriptions, stage by stage."""
-        model = await self._model
-        how = {
-            "one_reader": self._cfg.one_reader,
-            "any_modality": self._cfg.any_modality,
-        }
-        pixels = await asyncio.to_thread(utils.picture_statistics, picture.grey)
-        modality = picture.header.get("modality", "")
-        decision = utils.decide(model, None, pixels, modality, 0, **how)
-        if decision.reason and not self._cfg.ask_all:
-            result.decision = decision
-            return
-        answers = self._book.of(picture)
-        asked = utils.questions("generic", self._cfg.inference_descriptions)
-        try:
-            self._asked += any(answers.chosen(question) is None for question in asked)
-            for stage in stages(model, len(asked)):
-                some, turn.stays = asked[:stage], stage < len(asked)
-                await utils.ask(picture, some, answers, turn)
-                result.texts = answers.texts(some)
-                rows = answers.rows(some)
-                limits = stage if stage in model.stages else model.stages[-1]
-                decision = utils.decide(model, rows, pixels, modality, limits, **how)
-                if not decision.reason and not self._cfg.ask_all:
-                    break
-        except RejectedError as error:
-            result.error = str(error)
-            return
-        result.decision = decision
-
-
-def _prepared(result: Result) -> None:
+def look_at(result: Result) -> None:
+    """Read one file and measure its picture; asks nothing."""
     try:
         result.picture = utils.prepare_image(result.path)
+        result.pixels = utils.picture_statistics(result.picture.grey)
     except RejectedError as error:
         result.error = str(error)
 
 
+@dataclass
+class Inference:
+    """Decides on one file after another, and shows every result as it comes.
+
+    Results come in the order of the files. Their rows, tiles and copies wait until a
+    sight test shows that the server looked; with --no-sight-test nothing waits.
+    """
+
+    servers: Sequence[utils.VlmServer]
+    model: asyncio.Task[utils.Model]
+    book: AnswerBook
+    sinks: "Sequence[Sink]"
+    made_with: Mapping[str, Any]
+    bar: Any
+    cfg: Config
+    asked: int = 0
+    """Images that were asked something since the last sight test."""
+    begun: deque[Result] = field(default_factory=deque)
+    """Not shown yet: they, or files before them, are not finished."""
+    shown: "list[tuple[Result, Record]]" = field(default_factory=list)
+    """Waiting for a sight test."""
+    twins: dict[str, asyncio.Lock] = field(
+        default_factory=lambda: defaultdict(asyncio.Lock)
+    )
+    settled: Counter[int] = field(default_factory=Counter)
+    """Images by the number of their questions; -1 for those that failed."""
+
+    async def run(self, paths: Sequence[Path]) -> None:
+        """Classify every file; a file that fails is shown with its reason."""
+        slots = utils.slots_of(self.cfg, self.servers)
+        sight = None if self.cfg.no_sight_test else utils.SightTest(slots, self.book)
+
+        async def test(at_least: int = 0, may_drop: bool = False) -> None:
+            if sight and self.asked >= at_least:
+                self.asked = 0
+                try:
+                    await sight.run(may_drop)
+                except utils.BlindError:
+                    self.withdraw()
+                    raise
+                self.settle()
+
+        def begin() -> Iterator[Result]:
+            for path in paths:
+                self.begun.append(Result(path))
+                yield self.begun[-1]
+
+        if sight and not sight.is_recent(answers=500, minutes=30):
+            await test(may_drop=self.cfg.any_host)
+        await utils.image_by_image(
+            begin(), look_at, self.finish, slots, lambda: test(TEST_EVERY)
+        )
+        await test(TEST_AT_END + 1)
+        self.settle()
+
+    async def finish(self, result: Result, _: None, turn: utils.Turn) -> None:
+        """Decide, and show what no earlier file keeps waiting."""
+        if result.picture:
+            twin = self.twins[result.picture.image_id]
+            if twin.locked():  # equal pixels are asked once: those answers will do
+                turn.end()
+            async with twin:
+                try:
+                    result.decision = await self.decide(result, result.picture, turn)
+                except RejectedError as error:
+                    result.error = str(error)
+        while self.begun and (self.begun[0].decision or self.begun[0].error):
+            self.show(self.begun.popleft())
+
+    async def decide(
+        self, result: Result, picture: utils.PreparedImage, turn: utils.Turn
+    ) -> Decision:
+        """The picture first, then the descriptions, stage by stage."""
+        cfg, model = self.cfg, await self.model
+        decided = partial(
+            utils.decide,
+            model,
+            pixels=result.pixels,
+            modality=picture.header.get("modality", ""),
+            one_reader=cfg.one_reader,
+            any_modality=cfg.any_modality,
+        )
+        decision = decided(rows=None)
+        if decision.reason and not cfg.ask_all:
+            return decision
+        asked = utils.questions("generic", cfg.inference_descriptions)
+        answers = self.book.of(picture)
+        self.asked += any(answers.chosen(question) is None for question in asked)
+        for stage in [s for s in model.stages if s < len(asked)] + [len(asked)]:
+            some, turn.stays = asked[:stage], stage < len(asked)
+            await utils.ask(picture, some, answers, turn)
+            result.texts = answers.texts(some)
+            limits = [s for s in model.stages if s >= stage] or model.stages[-1:]
+            decision = decided(rows=answers.rows(some), stage=limits[0])
+            if decision.final and not cfg.ask_all:
+                break
+        return decision
+
+    def show(self, result: Result) -> None:
+        """Print one result, for a person or as a line of JSON."""
+        found = record(result, {"time": now(), **self.made_with})
+        lines = [json.dumps(found)] if self.cfg.json else [line(found)]
+        if self.cfg.verbose and not self.cfg.json:
+            lines += details(found)
+        with tqdm.external_write_mode(sys.stdout):
+            print(*lines, sep="\n", flush=True)
+        self.bar.update()
+        self.shown.append((result, found))
+        if self.cfg.no_sight_test:
+            self.settle()
+
+    def settle(self) -> None:
+        """The server is shown to see: what waits is written."""
+        for result, found in self.shown:
+            for write in self.sinks:
+                write(result, found)
+            self.settled[len(result.texts) if result.decision else -1] += 1
+        self.shown.clear()
+
+    def withdraw(self) -> None:
+        """The server does not see: of what waits stands only what was not asked."""
+        waiting, self.shown = self.shown, []
+        for result, found in waiting:
+            if result.texts:
+                result.decision, result.error = None, "withdrawn: the sight test failed"
+                self.show(result)
+            else:
+                self.shown.append((result, found))
+        self.settle()
+
+
 # --- What comes out -----------------------------------------------------------------
 
+Record = dict[str, Any]
+"""One result with the keys of --json, which README lists."""
+Sink = Callable[[Result, Record], object]
+"""Writes a result where it was asked for."""
+READERS = {"descriptions": "descriptions_say", "picture": "picture_says"}
 
-def record(result: Result, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """One result with stable keys, for --json; README lists them."""
+
+def record(result: Result, made_with: Mapping[str, Any]) -> Record:
+    """One result, and with what it was made."""
     decision, picture = result.decision, result.picture
     image_id = picture.image_id if picture else ""
-    found: dict[str, Any] = {"file": str(result.path), "image_id": image_id}
+    found: Record = {"file": str(result.path), "image_id": image_id}
     if decision is None:
         return {**found, "error": result.error, **made_with}
-    return {
-        **found,
-        "class": decision.label,
-        "best_class": decision.best_class,
-        "confidences": decision.confidences,
-        "reason": decision.reason,
-        "stage": decision.stage,
-        "questions": len(result.texts),
-        "descriptions_say": asdict(decision.words) if decision.words else None,
-        "picture_says": asdict(decision.picture) if decision.picture else None,
-        "descriptions": result.texts,
-        **made_with,
-    }
-
-
-def line(result: Result) -> str:
-    """One result for a person: file, class, confidences, and why if inconclusive."""
-    decision = result.decision
-    if decision is None:
-        return f"{result.path}: failed: {result.error}"
+    names = {"label": "class", "words": "descriptions_say", "picture": "picture_says"}
+    said = {names.get(key, key): value for key, value in asdict(decision).items()}
     ranked = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
-    parts = [", ".join(f"{label} {share:.1%}" for label, share in ranked)]
-    if decision.picture:
-        parts.append(f"picture {decision.picture.label}")
-    parts.append(decision.reason)
-    return f"{result.path}: " + " · ".join([decision.label, *filter(None, parts)])
+    said |= {"confidences": dict(ranked), "questions": len(result.texts)}
+    return {**found, **said, "descriptions": result.texts, **made_with}
 
 
-def details(result: Result) -> Iterator[str]:
+def line(found: Record) -> str:
+    """One result for a person: file, class, confidences, and why if inconclusive."""
+    if "error" in found:
+        return f"{found['file']}: failed: {found['error']}"
+    shares = ", ".join(f"{name} {p:.1%}" for name, p in found["confidences"].items())
+    seen = found["picture_says"]
+    picture = f"picture {seen['label']}" if seen else ""
+    parts = filter(None, (found["class"], shares, picture, found["reason"]))
+    return f"{found['file']}: {' · '.join(parts)}"
+
+
+def opinions(found: Record) -> Iterator[tuple[str, Sequence[str]]]:
+    """What each reader that was heard saw, and the nearest images of training."""
+    for name, says in READERS.items():
+        if one := found.get(says):
+            novelty = f"novelty {one['novelty']:.2f} of its limit"
+            yield f"{name}: {one['label']}, {novelty}", one["nearest"]
+
+
+def details(found: Record) -> Iterator[str]:
     """What --verbose adds: what each reader saw, and the descriptions."""
-    decision = result.decision
-    if decision is not None:
-        for name, opinion in (
-            ("descriptions", decision.words),
-            ("picture", decision.picture),
-        ):
-            if opinion is not None:
-                yield (
-                    f"    {name}: {opinion.label}, novelty {opinion.novelty:.2f} of "
-                    f"its limit, nearest in training: {', '.join(opinion.nearest)}"
-                )
-        yield f"    {len(result.texts)} questions, decided at {decision.stage}"
-    for text in result.texts:
-        yield f"    - {' '.join(text.split())}"
+    for said, nearest in opinions(found):
+        yield f"    {said}, nearest in training: {', '.join(nearest)}"
+    if "error" not in found:
+        yield f"    {found['questions']} questions, decided at {found['stage']}"
+        for text in found["descriptions"]:
+            yield f"    - {' '.join(text.split())}"
 
 
 TABLE_COLUMNS = (
@@ -342,118 +350,98 @@ TABLE_COLUMNS = (
 )
 
 
-def table_row(found: Mapping[str, Any]) -> dict[str, object]:
-    """The flat row of a record: a column per class, reader and part of an opinion."""
-    flat = {k: v for k, v in found.items() if not isinstance(v, list | dict)}
-    for say in ("descriptions_say", "picture_says"):
-        if opinion := found.get(say):
-            name = say.split("_", maxsplit=1)[0]
-            flat[say], flat[f"{name}_novelty"] = opinion["label"], opinion["novelty"]
-            flat[f"{name}_nearest"] = "; ".join(opinion["nearest"])
-    flat["warnings"] = "; ".join(found.get("warnings", ()))
-    shares = found.get("confidences", {})
-    return flat | {f"confidence_{name}": share for name, share in shares.items()}
+def table(path: Path, classes: Sequence[str], opened: AsyncExitStack) -> Sink:
+    """Open the CSV file of --csv; each record is on its way to the disk at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = opened.enter_context(path.open("wb"))
+    columns = [*TABLE_COLUMNS, *(f"confidence_{name}" for name in classes)]
+    writer = csv.DictWriter(
+        utils.csv_text(file), columns, extrasaction="ignore", lineterminator="\n"
+    )
+    writer.writeheader()
+
+    def add(_: Result, found: Record) -> None:
+        row = found | {"warnings": "; ".join(found["warnings"])}
+        for name, says in READERS.items():
+            if one := found.get(says):
+                nearest = "; ".join(one["nearest"])
+                row |= {says: one["label"], f"{name}_nearest": nearest}
+                row[f"{name}_novelty"] = one["novelty"]
+        for name, share in found.get("confidences", {}).items():
+            row[f"confidence_{name}"] = share
+        writer.writerow(row)
+        file.flush()
+
+    return add
 
 
-class Table:
-    """The CSV file of --csv: opened before the first question, a row as it comes."""
-
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
-        shares = [f"confidence_{name}" for name in classes]
-        self._writer = csv.DictWriter(
-            utils.csv_text(self._file),
-            [*TABLE_COLUMNS, *shares],
-            extrasaction="ignore",
-            lineterminator="\n",
-        )
-        self._writer.writeheader()
-
-    def add(self, found: Mapping[str, Any]) -> None:
-        """Write one row; it is in the file when this returns."""
-        self._writer.writerow(table_row(found))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+STATES = (config.INCONCLUSIVE, "answered", "failed")
+"""In their order on the page: what to label next comes first."""
 
 
-class Gallery:
-    """The page of --html: written empty before the first question, whole at the end."""
+def page(
+    path: Path, classes: Sequence[str], dataset: Path, opened: AsyncExitStack
+) -> Sink:
+    """The page of --html: written empty now, and whole at the end, also by Ctrl-C."""
+    images = dataset / config.DATASET_IMAGES
+    rows = utils.read_csv(images) if images.is_file() else []
+    trained = {row["file"]: row["image_id"] for row in rows}
+    tiles: list[utils.Tile] = []
+    pictures: dict[str, bytes] = {}
+    foot: list[str] = []
 
-    def __init__(
-        self, path: Path, metrics: Mapping[str, Any], made_with: Any, cfg: Config
-    ) -> None:
-        self._path, self._made_with = path, made_with
-        self._classes = metrics["class_names"]
-        self._tiles: list[tuple[float, utils.Tile]] = []
-        self._pictures: dict[str, bytes] = {}
-        dataset = cfg.folder("dataset_dir")
-        self._thumbnails = dataset / config.THUMBNAIL_DIR
-        images = dataset / config.DATASET_IMAGES
-        rows = utils.read_csv(images) if images.is_file() else []
-        self._ids = {row["file"]: row["image_id"] for row in rows}
-        self.write()
-
-    def add(self, result: Result) -> None:
-        """Take one image: what to label next comes first."""
-        decision, file = result.decision, str(result.path.resolve())
-        tile = utils.Tile(name=str(result.path), state="failed", lines=[result.error])
-        doubt = -1.0
-        if decision and result.picture:
-            readers = {"descriptions": decision.words, "picture": decision.picture}
-            lines = [
-                f"{name}: {one.label}, novelty {one.novelty:.2f} of its limit"
-                for name, one in readers.items()
-                if one
-            ]
-            near = [file for one in readers.values() if one for file in one.nearest]
-            doubtful = decision.label == config.INCONCLUSIVE
-            shares = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
-            doubt = 2 * doubtful - max(decision.confidences.values(), default=0)
-            key = result.picture.image_id
-            tile = tile._replace(
-                picture=key,
-                file=file,
-                label="" if doubtful else decision.label,
-                state=config.INCONCLUSIVE if doubtful else "answered",
-                lines=[*filter(None, [decision.reason]), *lines],
-                shares=dict(shares),
-                near=[self._known(one) for one in dict.fromkeys(near)][:4],
-                details=result.texts,
-            )
-            self._pictures[key] = utils.thumbnail(result.picture.grey)
-        self._tiles.append((-doubt, tile))
-
-    def _known(self, file: str) -> tuple[str, str]:
-        """Key and name of a training image; its thumbnail is read if it is there."""
-        key = self._ids.get(file, "")
-        thumbnail = self._thumbnails / f"{key}.jpg"
-        if key not in self._pictures and key and thumbnail.is_file():
-            self._pictures[key] = thumbnail.read_bytes()
+    def neighbour(file: str) -> tuple[str, str]:
+        key = trained.get(file, "")
+        thumbnail = dataset / config.THUMBNAIL_DIR / f"{key}.jpg"
+        if key not in pictures and thumbnail.is_file():
+            pictures[key] = thumbnail.read_bytes()
         return key, file
 
-    def write(self) -> None:
-        """Write the page, also after Ctrl-C, with the images that are there."""
-        tiles = [tile for _, tile in sorted(self._tiles, key=lambda pair: pair[0])]
-        doubtful = sum(tile.state == config.INCONCLUSIVE for tile in tiles)
+    def add(result: Result, found: Record) -> None:
+        tile = utils.Tile(found["file"], state="failed", lines=[result.error])
+        if result.decision and result.picture:
+            key, saw = found["image_id"], dict(opinions(found))
+            near = dict.fromkeys(file for nearest in saw.values() for file in nearest)
+            doubtful = found["class"] == config.INCONCLUSIVE
+            tile = tile._replace(
+                picture=key,
+                file=str(result.path.resolve()),
+                label="" if doubtful else found["class"],
+                state=STATES[0] if doubtful else "answered",
+                lines=[*filter(None, [found["reason"]]), *saw],
+                shares=found["confidences"],
+                near=[neighbour(file) for file in list(near)[:4]],
+                details=found["descriptions"],
+            )
+            pictures[key] = utils.thumbnail(result.picture.grey)
+        tiles.append(tile)
+        keys = ("program_version", "vlm_digest", "embedder_digest", "model", "warnings")
+        foot[:] = [f"{key}: {found[key]}" for key in keys if found[key]]
+
+    def surest_last(tile: utils.Tile) -> tuple[int, float]:
+        return STATES.index(tile.state), max(tile.shares.values(), default=0)
+
+    def write() -> None:
+        doubtful = sum(tile.state == STATES[0] for tile in tiles)
         title = f"{doubtful} of {len(tiles)} images are {config.INCONCLUSIVE}"
         first = "They stand first: label those that should be known, and train again."
         sheet = utils.Sheet(
             title=f"Phase 4: {len(tiles)} images, {now()}",
-            folder=str(self._path.resolve().parent),
-            tiles=tiles,
-            pictures=self._pictures,
-            classes=self._classes,
+            folder=str(path.resolve().parent),
+            tiles=sorted(tiles, key=surest_last),
+            pictures=pictures,
+            classes=classes,
             sections=[utils.Section(title, [first, utils.HOW_TO_MARK])],
-            foot=[f"{k}: {v}" for k, v in self._made_with.items() if v],
+            foot=foot,
         )
-        utils.page(self._path, sheet)
+        utils.page(path, sheet)
+
+    write()
+    opened.callback(write)
+    return add
 
 
-def copy_into(folder: Path, result: Result, book: AnswerBook) -> None:
+def copy_into(folder: Path, book: AnswerBook, result: Result, _: Record) -> None:
     """Copy an image into the folder of its class; the original stays where it is.
 
     A file that is already there is never replaced: the same content needs no copy,
@@ -461,19 +449,19 @@ def copy_into(folder: Path, result: Result, book: AnswerBook) -> None:
     """
     if result.decision is None or result.picture is None:
         return
-    label = result.decision.label
+    label, original = result.decision.label, result.path
     name = "no_concluyente" if label == config.INCONCLUSIVE else label
-    original, image_id = result.path, result.picture.image_id
     digest = utils.sha256_of(original)
-    suffixes = ["", f"_{image_id[:12]}", *(f"_{digest[:n]}" for n in (12, 24, 64))]
-    for suffix in suffixes:
+    for suffix in ("", f"_{result.picture.image_id[:12]}", f"_{digest}"):
         target = folder / name / f"{original.stem}{suffix}{original.suffix}"
         if not target.exists():
-            with utils.atomic_write(target) as copy, original.open("rb") as file:
-                shutil.copyfileobj(file, copy)
             break
         if utils.sha256_of(target) == digest:
             return
+    else:  # somebody's own file has even that name
+        return
+    with utils.atomic_write(target) as copy, original.open("rb") as file:
+        shutil.copyfileobj(file, copy)
     copied = {"to": str(target.resolve()), "class": label, "time": now()}
     book.of(result.picture).journal.add({"key": "copied", **copied})
 
@@ -481,67 +469,6 @@ def copy_into(folder: Path, result: Result, book: AnswerBook) -> None:
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class Delivery:
-    """Shows every result as it comes; its row, tile and copy wait for a sight test.
-
-    With --no-sight-test nothing waits.
-    """
-
-    def __init__(
-        self,
-        images: int,
-        metrics: Mapping[str, Any],
-        made_with: Mapping[str, Any],
-        book: AnswerBook,
-        table: Table | None,
-        cfg: Config,
-    ) -> None:
-        self._made_with, self._book, self._cfg = made_with, book, cfg
-        self._table, self._waiting = table, list[tuple[Result, dict[str, Any]]]()
-        self._gallery = Gallery(cfg.html, metrics, made_with, cfg) if cfg.html else None
-        self._bar = tqdm(total=images, unit="image", disable=cfg.quiet or None)
-        self.failed = 0
-
-    def add(self, result: Result) -> None:
-        """Show one result."""
-        self.failed += result.decision is None
-        found = record(result, {"time": now(), **self._made_with})
-        with tqdm.external_write_mode(sys.stdout):
-            show(result, found, self._cfg)
-        self._bar.update()
-        self._waiting.append((result, found))
-        if self._cfg.no_sight_test:
-            self.settle()
-
-    def settle(self) -> None:
-        """The server is shown to see: what waits is written."""
-        for result, found in self._waiting:
-            if self._table:
-                self._table.add(found)
-            if self._gallery:
-                self._gallery.add(result)
-            if self._cfg.copy_to:
-                copy_into(self._cfg.copy_to, result, self._book)
-        self._waiting.clear()
-
-    def withdraw(self) -> None:
-        """The server does not see: what waits is no result."""
-        waiting, self._waiting = self._waiting, []
-        for result, found in waiting:
-            if result.texts:  # it was asked
-                result.decision, result.error = None, "withdrawn: the sight test failed"
-                self.add(result)
-            else:
-                self._waiting.append((result, found))
-        self.settle()
-
-    def close(self) -> None:
-        """End the bar and write the page."""
-        self._bar.close()
-        if self._gallery:
-            self._gallery.write()
 
 
 # --- The phase ----------------------------------------------------------------------
@@ -564,23 +491,27 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def check_outputs(cfg: Config) -> None:
+def open_outputs(
+    cfg: Config, classes: Sequence[str], opened: AsyncExitStack
+) -> Iterator[Sink]:
     """Refuse before the first question what would replace an image or can't be written.
 
     `--csv new/*.dcm` is a slip of the hand that a shell makes dangerous.
     """
-    for flag, path, suffix in (
-        ("--csv", cfg.csv, ".csv"),
-        ("--html", cfg.html, ".html"),
-    ):
+    for path, suffix in ((cfg.csv, ".csv"), (cfg.html, ".html")):
         if path and path.is_file() and path.suffix.lower() != suffix:
             raise PipelineError(
-                f"{flag} would replace {path}: name a file that ends in {suffix}"
+                f"--{suffix[1:]} would replace {path}: name a file that ends in "
+                f"{suffix}"
             )
     if cfg.copy_to:
         cfg.copy_to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cfg.copy_to):
             pass
+    if cfg.csv:
+        yield table(cfg.csv, classes, opened)
+    if cfg.html:
+        yield page(cfg.html, classes, cfg.folder("dataset_dir"), opened)
 
 
 def run(cfg: Config, paths: Sequence[Path]) -> int:
@@ -590,58 +521,66 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
         return utils.EXIT_DONE
     if not paths:
         raise PipelineError("no image is named: name DICOM files or folders")
-    check_outputs(cfg)
     files = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
     check_conditions(metrics, None, cfg)
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    with ExitStack() as opened:
-        table = Table(cfg.csv, metrics["class_names"]) if cfg.csv else None
-        if table:
-            opened.callback(table.close)
-        return utils.run_async(classify(files, metrics, table, cfg))
+    return utils.run_async(classify(files, metrics, cfg))
 
 
 async def classify(
-    files: Sequence[Path], metrics: Mapping[str, Any], table: Table | None, cfg: Config
+    files: Sequence[Path], metrics: Mapping[str, Any], cfg: Config
 ) -> int:
     """Check that model and server fit, then work through the files."""
-    folder = cfg.folder("model_dir")
-    model = asyncio.create_task(asyncio.to_thread(utils.load_model, folder, metrics))
-    with ExitStack() as shown:
-        async with utils.open_servers(cfg, log.info) as named:
-            servers, facts = await utils.preflight(named, cfg)
-            warnings = check_conditions(metrics, facts, cfg)
-            if cfg.inference_descriptions != metrics["k"]:
-                warnings.append(
-                    f"thresholds were chosen for {metrics['k']} descriptions an "
-                    f"image, now {cfg.inference_descriptions}"
-                )
-            for warning in warnings if not cfg.json else ():
-                print(f"warning: {warning}", flush=True)
-            book = open_book(cfg, facts)
-            shown.enter_context(logging_redirect_tqdm())
-            made_with = {
-                "program_version": config.PROGRAM_VERSION,
-                "vlm_digest": facts.vlm_digest,
-                "embedder_digest": facts.embedder_digest,
-                "model": utils.sha256_of(folder / config.METRICS)[:12],
-                "warnings": warnings,
-            }
-            delivery = Delivery(len(files), metrics, made_with, book, table, cfg)
-            try:
-                await Inference(servers, model, book, cfg, delivery).run(files)
-                delivery.settle()
-            finally:
-                delivery.close()
-            for said in utils.work_done(servers):
-                log.info("%s", said)
-    return utils.EXIT_SOME_FAILED if delivery.failed else utils.EXIT_DONE
+    folder, classes = cfg.folder("model_dir"), metrics["class_names"]
+    async with AsyncExitStack() as opened:
+        sinks = list(open_outputs(cfg, classes, opened))
+        named = await opened.enter_async_context(utils.open_servers(cfg, log.info))
+        model = asyncio.create_task(
+            asyncio.to_thread(utils.load_model, folder, metrics)
+        )
+        servers, facts = await utils.preflight(named, cfg)
+        warnings = check_conditions(metrics, facts, cfg)
+        if cfg.inference_descriptions != metrics["k"]:
+            warnings.append(
+                f"thresholds were chosen for {metrics['k']} descriptions an image, "
+                f"now {cfg.inference_descriptions}"
+            )
+        for warning in warnings if not cfg.json else ():
+            print(f"warning: {warning}", flush=True)
+        book = open_book(cfg, facts, opened)
+        if cfg.copy_to:
+            sinks.append(partial(copy_into, cfg.copy_to, book))
+        made_with = {
+            "program_version": config.PROGRAM_VERSION,
+            "vlm_digest": facts.vlm_digest,
+            "embedder_digest": facts.embedder_digest,
+            "model": utils.sha256_of(folder / config.METRICS)[:12],
+            "warnings": warnings,
+        }
+        opened.enter_context(logging_redirect_tqdm())
+        bar = tqdm(total=len(files), unit="image", disable=cfg.quiet or None)
+        opened.enter_context(bar)
+        images = Inference(servers, model, book, sinks, made_with, bar, cfg)
+        await images.run(files)
+        bar.close()
+        for said in (summary(images.settled), *utils.work_done(servers)):
+            log.info("%s", said)
+    failed = images.settled[-1]
+    return utils.EXIT_SOME_FAILED if failed else utils.EXIT_DONE
 
 
-def open_book(cfg: Config, facts: ServerFacts) -> AnswerBook:
-    """The journal, or, where nothing can be written, one that keeps nothing."""
+def summary(settled: Mapping[int, int]) -> str:
+    """After how many questions the images were decided."""
+    counts = {asked: n for asked, n in sorted(settled.items()) if asked >= 0}
+    after = ", ".join(f"{n} after {asked}" for asked, n in counts.items())
+    mean = sum(asked * n for asked, n in counts.items()) / max(sum(counts.values()), 1)
+    return f"images by questions: {after or 'none'} (mean {mean:.1f})"
+
+
+def open_book(cfg: Config, facts: ServerFacts, opened: AsyncExitStack) -> AnswerBook:
+    """The journal; where nothing can be written, one that lasts as long as the run."""
     folder = cfg.folder("dataset_dir") / config.JOURNAL_DIR
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -652,20 +591,11 @@ def open_book(cfg: Config, facts: ServerFacts) -> AnswerBook:
             "warning: %s can't be written (%s): answers are not kept",
             *(folder, error.strerror),
         )
-        book = AnswerBook(None, cfg, facts)
+        aside = opened.enter_context(tempfile.TemporaryDirectory())
+        book = AnswerBook(Path(aside), cfg, facts)
     for note in book.notes:
         log.warning("note: %s", note)
     return book
-
-
-def show(result: Result, found: Mapping[str, Any], cfg: Config) -> None:
-    """Print one result at once, for a person or as a line of JSON."""
-    if cfg.json:
-        print(json.dumps(found, ensure_ascii=True), flush=True)
-        return
-    print(line(result), flush=True)
-    if cfg.verbose:
-        print(*details(result), sep="\n", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3175,6 +3175,9 @@ NEIGHBOUR_COUNT, PIXEL_NEIGHBOUR_COUNT = 10, 5
 NEVER = 1.01
 """A confidence threshold that no image reaches: such a class is never answered."""
 
+SURE = 0.9
+"""Readers that disagree are not asked further above this confidence of the first."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -3222,6 +3225,12 @@ class Opinion:
     nearest: Sequence[str] = ()
     """Training images that are most alike, the closest first."""
 
+    @property
+    def unlike(self) -> str:
+        """How far it is from training, in words."""
+        nearest = f"; nearest {self.nearest[0]}" if self.nearest else ""
+        return f"unlike all in training ({self.novelty:.1f} times the limit{nearest})"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -3241,6 +3250,13 @@ class Decision:
     """None with `one_reader`."""
     stage: int
     """The number of descriptions whose limits were applied; 0 before any question."""
+
+    @property
+    def final(self) -> bool:
+        """Whether further questions would hardly change it."""
+        return not self.reason or bool(
+            self.words and beyond_doubt(self.words, self.picture)
+        )
 
 
 def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
@@ -3273,9 +3289,8 @@ def fit_neighbours(points: NDArray[Any], count: int) -> Any:
     """A NearestNeighbors that finds `count` points, or as many as there are."""
     from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415
 
-    return NearestNeighbors(n_neighbors=min(count, len(points)), algorithm="brute").fit(
-        points
-    )
+    count = min(count, len(points))
+    return NearestNeighbors(n_neighbors=count, algorithm="brute").fit(points)
 
 
 def project(
@@ -3300,10 +3315,9 @@ def sums_of_pairs(n_classes: int) -> NDArray[np.float64]:
 
     In scikit-learn's order of pairs; of two classes, positive means the second.
     """
-    if n_classes == 2:
-        return np.array([[-1.0], [1.0]])
     first, second = np.triu_indices(n_classes, 1)
-    return np.asarray(np.eye(n_classes)[first] - np.eye(n_classes)[second]).T
+    signs = np.eye(n_classes)[:, first] - np.eye(n_classes)[:, second]
+    return -signs if n_classes == 2 else signs
 
 
 def times_limit(distance: float, limit: float) -> float:
@@ -3323,34 +3337,34 @@ def refusal(
     needed : mapping
         The confidence that an answer needs, by class.
     """
-    return next(_doubts(words, picture, needed), "")
+
+    def doubts() -> Iterator[str]:
+        if picture and picture.novelty > 1:
+            yield f"the picture is {picture.unlike}"
+        if words is None:
+            return
+        if words.novelty > 1:
+            yield f"the descriptions are {words.unlike}"
+        label, least = words.label, needed[words.label]
+        if picture and picture.label != label:
+            yield f"descriptions say {label}, picture says {picture.label}"
+        if least >= NEVER:
+            yield f"no confidence in {label} kept the errors within the accepted share"
+        if words.confidence < least:
+            yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+
+    return next(doubts(), "")
 
 
-def _doubts(
-    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
-) -> Iterator[str]:
-    """All that speaks against an answer, in the order in which it is said."""
-    if picture and picture.novelty > 1:
-        yield _unlike("the picture is", picture)
-    if words is None:
-        return
-    if words.novelty > 1:
-        yield _unlike("the descriptions are", words)
-    label, least = words.label, needed[words.label]
-    if picture and picture.label != label:
-        yield f"descriptions say {label}, picture says {picture.label}"
-    if least >= NEVER:
-        yield f"no confidence in {label} kept the errors within the accepted share"
-    if words.confidence < least:
-        yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+def beyond_doubt(words: Opinion, picture: Opinion | None) -> bool:
+    """Whether an image that is refused need not be asked further questions.
 
-
-def _unlike(what: str, opinion: Opinion) -> str:
-    nearest = f"; nearest {opinion.nearest[0]}" if opinion.nearest else ""
-    return (
-        f"{what} unlike all in training ({opinion.novelty:.1f} times the limit"
-        f"{nearest})"
-    )
+    The readers disagree, and the descriptions are sure of their class: of 480 known
+    drawn images in eight draws one would have been answered after all ten, and
+    unknown images take 1.3 questions instead of 2.8.
+    """
+    disagree = picture is not None and picture.label != words.label
+    return disagree and words.confidence > SURE
 
 
 def foreign_modality(modality: str, trained: Sequence[str]) -> str:
@@ -3398,15 +3412,9 @@ def decide(  # noqa: PLR0913
     reason = reason or refusal(words, picture, needed)
     heard = words or picture
     best = heard.label if heard else ""
-    return Decision(
-        label=config.INCONCLUSIVE if reason or not words else best,
-        best_class=best,
-        confidences=shares,
-        reason=reason,
-        words=words,
-        picture=picture,
-        stage=stage if words else 0,
-    )
+    label = config.INCONCLUSIVE if reason or not words else best
+    asked = stage if words else 0
+    return Decision(label, best, shares, reason, words, picture, asked)
 
 
 def _read(
@@ -3420,34 +3428,25 @@ def _read(
     scaled = np.asarray(model.scaler.transform(rows), np.float32)
     shares = model.classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
     shares = shares ** limits["factor"]
-    shares /= shares.sum()
-    classes = [str(name) for name in model.classifier.classes_]
-    best = int(np.argmax(shares))
+    names = [str(name) for name in model.classifier.classes_]
+    confidences = dict(zip(names, map(float, shares / shares.sum()), strict=True))
+    best = max(confidences, key=lambda name: confidences[name])  # the first of equals
     distances, found = model.descriptions.kneighbors(project(scaled, model.projection))
     owners = Counter(model.owner[found].T.ravel().tolist()).most_common(3)
-    opinion = Opinion(
-        label=classes[best],
-        confidence=float(shares[best]),
-        novelty=times_limit(distances.mean(), limits["descriptions"]),
-        nearest=[str(model.names[owner]) for owner, _ in owners],
-    )
-    return opinion, {name: float(p) for name, p in zip(classes, shares, strict=True)}
+    novelty = times_limit(distances.mean(), limits["descriptions"])
+    nearest = [str(model.names[owner]) for owner, _ in owners]
+    return Opinion(best, confidences[best], novelty, nearest), confidences
 
 
 def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
     """The second reader, of whose classes none has a confidence."""
-    scores = class_scores(
-        model.second.decision_function(pixels[None]), len(model.second.classes_)
-    )
-    distances, found = model.pictures.kneighbors(
-        model.second[0].transform(pixels[None])
-    )
-    return Opinion(
-        label=str(model.second.classes_[scores[0].argmax()]),
-        confidence=1.0,
-        novelty=times_limit(distances.mean(), model.thresholds["pixels"]),
-        nearest=[str(model.names[image]) for image in found[0, :3]],
-    )
+    classes = model.second.classes_
+    scores = class_scores(model.second.decision_function(pixels[None]), len(classes))
+    scaled = model.second[0].transform(pixels[None])
+    distances, found = model.pictures.kneighbors(scaled)
+    novelty = times_limit(distances.mean(), model.thresholds["pixels"])
+    nearest = [str(model.names[image]) for image in found[0, :3]]
+    return Opinion(str(classes[scores[0].argmax()]), 1.0, novelty, nearest)
 
 
 # --- The page -----------------------------------------------------------------------

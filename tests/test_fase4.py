@@ -2,15 +2,16 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import phantoms
 import pytest
@@ -19,32 +20,10 @@ from fake_ollama import FakeOllama
 
 import config
 import fase2_generar_vectores_vlm as fase2
-import fase3_entrenamiento_svc as fase3
 import fase4_inferencia_vlm as fase4
 import utils
 
 K = ("--descriptions", "5")
-
-
-@pytest.fixture(scope="module")
-def shared_fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def trained(shared_fake: FakeOllama, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder with a model of eight images a class."""
-    base = tmp_path_factory.mktemp("trained")
-    for label in phantoms.LABELS:
-        for seed in range(8):
-            path = base / "datos_etiquetados" / label / f"{label}{seed}.dcm"
-            phantoms.write(phantoms.exposure(label, seed, side=160), path)
-    flags = ["--base", str(base)]
-    asked = ["--descriptions", "10", "--generic-share", "0.5"]
-    assert fase2.main([*flags, *server_flags(shared_fake.url), *asked]) == 0
-    assert fase3.main([*flags, *K, "--quiet"]) == 0
-    return base
 
 
 @pytest.fixture
@@ -82,9 +61,9 @@ def json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def test_each_file_has_one_line_with_its_class_and_all_confidences(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert phase4(base, shared_fake, "--ask-all", new) == 0
+    assert phase4(base, server, "--ask-all", new) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     for line, label in zip(lines, phantoms.LABELS, strict=True):
@@ -92,10 +71,10 @@ def test_each_file_has_one_line_with_its_class_and_all_confidences(
         assert all(f"{name} " in line for name in phantoms.LABELS)
 
 
-def test_json_lines_carry_the_documented_keys(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+def test_json_lines_carry_the_documented_keys_and_name_the_surest_class(
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert phase4(base, shared_fake, "--json", "--ask-all", new) == 0
+    assert phase4(base, server, "--json", "--ask-all", new) == 0
     for result in json_lines(capsys):
         assert set(result) == {
             "file", "image_id", "class", "best_class", "confidences", "reason",
@@ -103,17 +82,10 @@ def test_json_lines_carry_the_documented_keys(
             "warnings", "program_version", "vlm_digest", "embedder_digest",
             "model",
         }  # fmt: skip
-        assert sum(result["confidences"].values()) == pytest.approx(1)
-        assert len(result["descriptions"]) == 5
-
-
-def test_the_class_named_has_the_largest_confidence(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    phase4(base, shared_fake, "--json", "--ask-all", new)
-    for result in json_lines(capsys):
         shares = result["confidences"]
-        assert result["best_class"] == max(shares, key=shares.get)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert len(result["descriptions"]) == 5
+        assert result["best_class"] == max(shares, key=shares.get) == next(iter(shares))
         assert result["class"] in (result["best_class"], config.INCONCLUSIVE)
         assert bool(result["reason"]) == (result["class"] == config.INCONCLUSIVE)
 
@@ -128,26 +100,28 @@ def test_only_generic_prompts_are_asked(base: Path, new: Path) -> None:
 def test_training_images_are_recognised(
     base: Path,
     trained: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    phase4(base, shared_fake, "--json", trained / "datos_etiquetados")
+    labelled = trained / "datos_etiquetados"
+    phase4(base, server, "--json", *sorted(labelled.glob("*/*[012].dcm")))
     results = json_lines(capsys)
     right = [Path(r["file"]).parent.name == r["best_class"] for r in results]
+    assert len(right) > 9
     assert np.mean(right) > 0.8
 
 
 def test_the_same_image_has_the_same_answer(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    phase4(base, shared_fake, "--json", new)
+    phase4(base, server, "--json", new)
     first = json_lines(capsys)
-    phase4(base, shared_fake, "--json", new)
+    phase4(base, server, "--json", new)
     assert json_lines(capsys) == first
 
 
 def test_a_threshold_that_nothing_reaches_makes_everything_inconclusive(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(metrics: dict[str, Any]) -> None:
         metrics["thresholds"]["pixels"] = 1e9
@@ -156,16 +130,16 @@ def test_a_threshold_that_nothing_reaches_makes_everything_inconclusive(
             stage["one_reader"] = dict.fromkeys(phantoms.LABELS, 1.0)
 
     edit(base, never)
-    assert phase4(base, shared_fake, "--one-reader", new) == 0
+    assert phase4(base, server, "--one-reader", new) == 0
     out = capsys.readouterr().out
     assert out.count(f": {config.INCONCLUSIVE} · ") == 3
     assert out.count("is below 1.00") == 3
 
 
 def test_verbose_shows_descriptions_and_nearest_training_images(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    phase4(base, shared_fake, "--verbose", new / "TOR")
+    phase4(base, server, "--verbose", new / "TOR")
     out = capsys.readouterr().out
     assert out.count("    - ") == 5
     assert "nearest in training: " in out
@@ -186,11 +160,11 @@ def test_results_come_in_the_order_of_the_files(
 
 
 def test_the_table_has_a_row_per_file_and_a_column_per_class(
-    base: Path, shared_fake: FakeOllama, new: Path, tmp_path: Path
+    base: Path, server: FakeOllama, new: Path, tmp_path: Path
 ) -> None:
     (new / "bad").write_text("no DICOM")
     table = tmp_path / "out" / "r.csv"
-    assert phase4(base, shared_fake, "--ask-all", "--csv", table, new) == 1
+    assert phase4(base, server, "--ask-all", "--csv", table, new) == 1
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = {Path(row["file"]).name: row for row in csv.DictReader(file)}
     assert set(rows) == {"bad", *phantoms.LABELS}
@@ -202,13 +176,13 @@ def test_the_table_has_a_row_per_file_and_a_column_per_class(
 
 def test_copies_go_into_the_folder_of_their_class_and_originals_stay(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {p.name: p.read_bytes() for p in new.iterdir()}
-    phase4(base, shared_fake, "--json", "--copy-to", tmp_path / "sorted", new)
+    phase4(base, server, "--json", "--copy-to", tmp_path / "sorted", new)
     for result in json_lines(capsys):
         name = Path(result["file"]).name
         folder = result["class"].replace(" ", "_")
@@ -217,24 +191,24 @@ def test_copies_go_into_the_folder_of_their_class_and_originals_stay(
 
 
 def test_a_copy_never_replaces_another_file(
-    base: Path, shared_fake: FakeOllama, new: Path, tmp_path: Path
+    base: Path, server: FakeOllama, new: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "sorted"
-    phase4(base, shared_fake, "--copy-to", target, new / "TOR")
-    phase4(base, shared_fake, "--copy-to", target, new / "TOR")
+    phase4(base, server, "--copy-to", target, new / "TOR")
+    phase4(base, server, "--copy-to", target, new / "TOR")
     copies = [p for p in target.rglob("*") if p.is_file()]
     assert len(copies) == 1
     copies[0].write_bytes(b"of a person")
-    phase4(base, shared_fake, "--copy-to", target, new / "TOR")
+    phase4(base, server, "--copy-to", target, new / "TOR")
     assert copies[0].read_bytes() == b"of a person"
     assert len([p for p in target.rglob("*") if p.is_file()]) == 2
 
 
 def test_a_file_that_fails_costs_one_line_and_code_1(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (new / "empty").touch()
-    assert phase4(base, shared_fake, new, new / "gone.dcm") == 1
+    assert phase4(base, server, new, new / "gone.dcm") == 1
     out = capsys.readouterr().out
     assert f"{new / 'empty'}: failed: " in out
     assert f"{new / 'gone.dcm'}: failed: " in out
@@ -251,12 +225,12 @@ def test_a_server_that_fails_one_image_fails_that_one_only(
 
 def test_an_empty_folder_is_refused(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "nothing").mkdir()
-    assert phase4(base, shared_fake, tmp_path / "nothing") == 2
+    assert phase4(base, server, tmp_path / "nothing") == 2
     assert "nothing holds no file" in caplog.text
 
 
@@ -275,42 +249,42 @@ def refused(base: Path, fake: FakeOllama, new: Path, *more: object) -> bool:
 
 
 def test_without_a_model_it_says_which_phase_to_run(
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert refused(tmp_path, shared_fake, new)
+    assert refused(tmp_path, server, new)
     assert "python fase3_entrenamiento_svc.py" in caplog.text
 
 
 @pytest.mark.parametrize("name", [config.CLASSIFIER, config.SCALER])
 def test_a_tampered_model_file_is_not_loaded(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     name: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = base / "modelo_final_vlm" / name
     path.write_bytes(path.read_bytes() + b"x")
-    assert refused(base, shared_fake, new)
+    assert refused(base, server, new)
     assert f"{name} is not the file that was written" in caplog.text
 
 
 def test_a_missing_model_file_is_named(
-    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+    base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (base / "modelo_final_vlm" / config.SCALER).unlink()
-    assert refused(base, shared_fake, new)
+    assert refused(base, server, new)
     assert f"{config.SCALER} is missing" in caplog.text
 
 
 def test_a_model_of_another_scikit_learn_comes_with_the_exact_remedy(
-    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+    base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     edit(base, lambda m: m["libraries"].update({"scikit-learn": "1.2.3"}))
-    assert refused(base, shared_fake, new)
+    assert refused(base, server, new)
     assert "pip install scikit-learn==1.2.3" in caplog.text
 
 
@@ -325,38 +299,38 @@ def test_a_model_of_another_scikit_learn_comes_with_the_exact_remedy(
 )
 def test_other_flags_than_in_training_are_refused_by_name(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     flags: tuple[str, str],
     words: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert refused(base, shared_fake, new, *flags)
+    assert refused(base, server, new, *flags)
     assert words in caplog.text
 
 
 def test_other_prompts_than_in_training_are_refused(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     changed = {**config.PROMPT_SETS, "generic": ("What?",) * 10}
     monkeypatch.setattr(config, "PROMPT_SETS", changed)
-    assert refused(base, shared_fake, new)
+    assert refused(base, server, new)
     assert "generic_prompts: other texts" in caplog.text
 
 
 def test_another_image_preparation_is_refused(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(config, "WINDOW_MIN_NOISE_SDS", 7.0)
-    assert refused(base, shared_fake, new)
+    assert refused(base, server, new)
     assert "preparation window_min_noise_sds" in caplog.text
 
 
@@ -392,28 +366,28 @@ def test_force_warns_in_a_line_before_the_answers(
 
 
 def test_an_embedder_that_drifted_is_refused(
-    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+    base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     probe = np.zeros(256, np.float32)
     probe[0] = 1
     edit(base, lambda m: m.update(probe_vector=utils.pack_vector(probe)))
-    assert refused(base, shared_fake, new)
+    assert refused(base, server, new)
     assert "the probe sentence has another embedding" in caplog.text
 
 
 def test_an_embedder_of_another_size_is_refused_even_with_force(
-    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+    base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     probe = utils.pack_vector(np.ones(3, np.float32))
     edit(base, lambda m: m.update(probe_vector=probe))
-    assert refused(base, shared_fake, new, "--force")
+    assert refused(base, server, new, "--force")
     assert "gives 256 numbers, the model was trained on 3" in caplog.text
 
 
 def test_another_number_of_descriptions_than_in_training_is_said(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert phase4(base, shared_fake, "--json", "--descriptions", 3, new) == 0
+    assert phase4(base, server, "--json", "--descriptions", 3, new) == 0
     for result in json_lines(capsys):
         assert result["warnings"] == [
             "thresholds were chosen for 5 descriptions an image, now 3"
@@ -422,13 +396,13 @@ def test_another_number_of_descriptions_than_in_training_is_said(
 
 def test_a_distant_server_is_named_before_images_go_there(
     base: Path,
-    shared_fake: FakeOllama,
+    server: FakeOllama,
     new: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(utils, "is_loopback", lambda _: False)
-    assert phase4(base, shared_fake, new) == 0
+    assert phase4(base, server, new) == 0
     assert "the images leave this machine" in caplog.records[0].getMessage()
 
 
@@ -500,11 +474,27 @@ def test_files_with_equal_pixels_are_asked_once(
     base: Path, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(new / "TOR", new / "twin")
-    with FakeOllama() as fake:
-        assert phase4(base, fake, "--ask-all", "--json", new / "TOR", new / "twin") == 0
+    with FakeOllama(num_parallel=2) as fake:
+        flags = ("--ask-all", "--json", "--server-parallel", 2)
+        assert phase4(base, fake, *flags, new / "TOR", new / "twin") == 0
         assert asked(fake) == 5
     first, second = json_lines(capsys)
     assert {**first, "file": ""} == {**second, "file": ""}
+
+
+def test_equal_pixels_of_another_modality_are_decided_for_themselves(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = phantoms.exposure("TOR", 77, side=160)
+    image.Modality = "CT"
+    phantoms.write(image, new / "TOR_as_CT")
+    with FakeOllama() as fake:
+        assert phase4(base, fake, "--json", new / "TOR", new / "TOR_as_CT") == 0
+    known, foreign = json_lines(capsys)
+    assert known["image_id"] == foreign["image_id"]
+    assert "Modality CT" not in known["reason"]
+    assert "Modality CT is not among those of training" in foreign["reason"]
+    assert foreign["questions"] == 0
 
 
 def test_an_image_new_to_the_second_reader_is_asked_nothing(
@@ -537,10 +527,10 @@ def test_a_modality_that_training_lacks_is_refused_by_the_header(
 
 
 def test_a_journal_that_cannot_be_written_is_warned_of_and_not_needed(
-    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+    base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (base / "dataset_final_vlm").write_text("a file in its place")
-    assert phase4(base, shared_fake, new) == 0
+    assert phase4(base, server, new) == 0
     assert "answers are not kept" in caplog.text
 
 
@@ -553,7 +543,7 @@ def test_a_table_that_cannot_be_opened_is_refused_before_the_first_question(
 
 
 def test_three_files_of_one_name_become_three_copies(
-    base: Path, shared_fake: FakeOllama, tmp_path: Path
+    base: Path, server: FakeOllama, tmp_path: Path
 ) -> None:
     for number in range(3):
         folder = tmp_path / "in" / str(number)
@@ -562,7 +552,7 @@ def test_three_files_of_one_name_become_three_copies(
         image.InstanceNumber = number
         phantoms.write(image, folder / "a.dcm")
     target = tmp_path / "sorted"
-    assert phase4(base, shared_fake, "--copy-to", target, tmp_path / "in") == 0
+    assert phase4(base, server, "--copy-to", target, tmp_path / "in") == 0
     copies = sorted(p for p in target.rglob("*") if p.is_file())
     originals = sorted((tmp_path / "in").rglob("a.dcm"))
     assert sorted(p.read_bytes() for p in copies) == sorted(
@@ -593,42 +583,100 @@ def test_a_blind_server_withdraws_what_was_shown_since_the_last_pass(
     assert list((tmp_path / "to").iterdir()) == []
 
 
+def answer_only_at(base: Path, stage: int) -> None:
+    def change(metrics: dict[str, Any]) -> None:
+        for name, limits in metrics["thresholds"]["stages"].items():
+            least = 0.0 if name == str(stage) else 1.01
+            limits["one_reader"] = dict.fromkeys(phantoms.LABELS, least)
+            limits["descriptions"] = 1e9
+
+    edit(base, change)
+
+
 def test_each_stage_has_thresholds_of_its_own(
     base: Path, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def only_at(stage: str) -> None:
-        def change(metrics: dict[str, Any]) -> None:
-            for name, limits in metrics["thresholds"]["stages"].items():
-                least = 0.0 if name == stage else 1.01
-                limits["one_reader"] = dict.fromkeys(phantoms.LABELS, least)
-                limits["descriptions"] = 1e9
-
-        edit(base, change)
-
     with FakeOllama() as fake:
-        for stage in ("3", "5"):
-            only_at(stage)
+        for stage in (3, 5):
+            answer_only_at(base, stage)
             phase4(base, fake, "--one-reader", "--json", new / "TOR")
             (result,) = json_lines(capsys)
-            assert (result["stage"], result["questions"]) == (int(stage), int(stage))
-            assert asked(fake) == int(stage)
+            assert (result["stage"], result["questions"]) == (stage, stage)
+            assert asked(fake) == stage
+        answer_only_at(base, 3)
+        phase4(base, fake, "--one-reader", "--json", "--descriptions", 2, new / "TOR")
+    (result,) = json_lines(capsys)
+    assert (result["stage"], result["questions"]) == (3, 2)  # the nearest limits
+
+
+KILLED_BETWEEN_STAGES = """
+import os, sys, utils, fase4_inferencia_vlm
+decide = utils.decide
+def killed(*given, rows, **more):
+    return decide(*given, rows=rows, **more) if rows is None else os._exit(9)
+utils.decide = killed
+fase4_inferencia_vlm.main()
+"""
+
+
+def test_a_run_killed_between_the_stages_asks_only_the_second(
+    base: Path, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_only_at(base, 5)
+    with FakeOllama() as fake:
+        command = [sys.executable, "-c", KILLED_BETWEEN_STAGES, "--base", str(base)]
+        command += [*server_flags(fake.url), *K, "--one-reader", str(new / "TOR")]
+        done = subprocess.run(command, cwd=Path(fase4.__file__).parent, check=False)
+        assert done.returncode == 9
+        assert asked(fake) == 3
+        assert phase4(base, fake, "--one-reader", "--json", new / "TOR") == 0
+        assert asked(fake) == 5
+    (result,) = json_lines(capsys)
+    assert (result["stage"], result["questions"]) == (5, 5)
+
+
+def test_readers_that_surely_disagree_end_the_questions(
+    base: Path, new: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(metrics: dict[str, Any]) -> None:
+        metrics["thresholds"]["pixels"] = 1e9
+        for stage in metrics["thresholds"]["stages"].values():
+            stage.update(descriptions=1e9, factor=100.0)  # as sure as can be
+
+    caplog.set_level(logging.INFO)
+    edit(base, change)
+    swap_classes_of_the_picture(base)
+    with FakeOllama() as fake:
+        assert phase4(base, fake, new) == 0
+        assert asked(fake) == 9
+    assert "images by questions: 3 after 3 (mean 3.0)" in caplog.text
+
+
+def swap_classes_of_the_picture(base: Path) -> None:
+    """Let the second reader call every class by another's name."""
+    path = base / "modelo_final_vlm" / config.SECOND_READER
+    reader = joblib.load(path)
+    reader[-1].classes_ = np.roll(reader[-1].classes_, 1)
+    joblib.dump(reader, path)
+    digest = utils.sha256_of(path)
+    edit(base, lambda m: m["sha256"].update({config.SECOND_READER: digest}))
 
 
 def test_a_list_is_never_written_over_an_image(
-    base: Path, shared_fake: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
+    base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = (new / "TOR").read_bytes()
     for flag in ("--csv", "--html"):
-        assert phase4(base, shared_fake, flag, new / "TOR", new / "MTF") == 2
+        assert phase4(base, server, flag, new / "TOR", new / "MTF") == 2
     assert (new / "TOR").read_bytes() == before
     assert "--csv would replace" in caplog.text
 
 
 def test_wildcards_that_no_shell_has_expanded_are_expanded(
-    base: Path, shared_fake: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pattern = new.parent / "n?w" / "[MT]*"
-    assert phase4(base, shared_fake, "--json", pattern) == 0
+    assert phase4(base, server, "--json", pattern) == 0
     files = [Path(result["file"]).name for result in json_lines(capsys)]
     assert files == ["MTF", "TOR"]
-    assert phase4(base, shared_fake, "--json", new / "nothing*") == 1
+    assert phase4(base, server, "--json", new / "nothing*") == 1

@@ -1,15 +1,16 @@
 """The pages of phases 2 to 4: what they show of what was learnt and decided."""
 
+import io
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import phantoms
 import pytest
-from conftest import server_flags
+from conftest import ASKED, PER_CLASS, PLANTED, TRAINED, server_flags
 from fake_ollama import FakeOllama
 from test_fase3 import write_dataset
 from test_page import Parsed
@@ -21,48 +22,38 @@ import fase3_entrenamiento_svc as fase3
 import fase4_inferencia_vlm as fase4
 import utils
 
-PER_CLASS = 14
-PLANTED = {"FDT/MTF3.dcm": "MTF", "MTF/TOR5.dcm": "TOR"}
-"""Files that a person put into the folder of another class, and what they show."""
 
-TRAINED = ("--descriptions", "5", "--max-error", "0.4", "--quiet")
-"""So few images can't answer with fewer errors."""
-
-ASKED = ("--descriptions", "10", "--generic-share", "0.5")
+@pytest.fixture(autouse=True)
+def _folds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fase3, "JUDGEMENTS", 1)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeOllama]:
-    with FakeOllama() as fake:
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def trained(server: FakeOllama, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder through phases 2 and 3, with 2 of 42 labels wrong."""
-    base = tmp_path_factory.mktemp("trained")
-    labelled = base / "datos_etiquetados"
+def with_new_images(trained: Path, base: Path) -> Path:
+    """A copy that a test may change, with new images in `new`."""
+    shutil.copytree(trained, base, dirs_exist_ok=True)
     for label in phantoms.LABELS:
-        for seed in range(PER_CLASS):
-            path = labelled / label / f"{label}{seed}.dcm"
-            phantoms.write(phantoms.exposure(label, seed, side=200), path)
-    for wrong, label in PLANTED.items():
-        (labelled / label / Path(wrong).name).rename(labelled / wrong)
-    assert phase2(base, server) == 0
-    assert fase3.main(["--base", str(base), *TRAINED]) == 0
+        image = phantoms.exposure(label, 90, side=160)
+        phantoms.write(image, base / "new" / f"<b>{label}.dcm")
+    phantoms.write(phantoms.unrelated(1000, side=160), base / "new" / "chest")
+    (base / "new" / "text").write_text("not an image " * 50)
     return base
 
 
 @pytest.fixture
 def base(trained: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change, with new images in `new`."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    for label in phantoms.LABELS:
-        image = phantoms.exposure(label, 90, side=200)
-        phantoms.write(image, tmp_path / "new" / f"<b>{label}.dcm")
-    phantoms.write(phantoms.unrelated(1000), tmp_path / "new" / "chest")
-    (tmp_path / "new" / "text").write_text("not an image " * 50)
-    return tmp_path
+    return with_new_images(trained, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def classified(
+    trained: Path, server: FakeOllama, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A base folder with out/results.html, and what --json said in out/results.json."""
+    base = with_new_images(trained, tmp_path_factory.mktemp("classified"))
+    with redirect_stdout(io.StringIO()) as said:
+        assert phase4(base, server, "--html", base / "out/results.html", "--json") == 1
+    (base / "out" / "results.json").write_text(said.getvalue())
+    return base
 
 
 def phase2(base: Path, server: FakeOllama, *more: str) -> int:
@@ -196,13 +187,11 @@ def test_a_report_without_thumbnails_names_the_images(base: Path) -> None:
 # --- Phase 4 ------------------------------------------------------------------------
 
 
-def test_phase_4s_page_shows_what_its_json_says(
-    base: Path, server: FakeOllama, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = base / "out" / "results.html"
-    assert phase4(base, server, "--html", path, "--json") == 1
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    page, shown = parse(path), words(parse(path))
+def test_phase_4s_page_shows_what_its_json_says(classified: Path) -> None:
+    said = (classified / "out" / "results.json").read_text()
+    found = [json.loads(line) for line in said.splitlines()]
+    page = parse(classified / "out" / "results.html")
+    shown = words(page)
     assert len(found) == 5
     for one in found:
         assert one["file"] in shown
@@ -218,41 +207,34 @@ def test_phase_4s_page_shows_what_its_json_says(
     last = found[0]
     for key in ("program_version", "vlm_digest", "embedder_digest", "model"):
         assert str(last[key]) in shown
-    assert (
-        last["model"]
-        == utils.sha256_of(base / "modelo_final_vlm" / config.METRICS)[:12]
-    )
+    metrics = classified / "modelo_final_vlm" / config.METRICS
+    assert last["model"] == utils.sha256_of(metrics)[:12]
     assert len(page.all("img", "src")) > 4  # those of training, too
 
 
 def test_the_doubtful_images_stand_first_and_can_be_given_a_class(
-    base: Path, server: FakeOllama
+    classified: Path,
 ) -> None:
-    path = base / "results.html"
-    assert phase4(base, server, "--html", path) == 1
-    page = parse(path)
+    page = parse(classified / "out" / "results.html")
     states = page.all("article", "data-state")
-    assert states == sorted(
-        states, key=[config.INCONCLUSIVE, "answered", "failed"].index
-    )
-    assert {config.INCONCLUSIVE, "answered", "failed"} == set(states)
+    assert states == sorted(states, key=fase4.STATES.index)
+    assert set(states) == {*fase4.STATES}
     files = page.all("article", "data-file")
     assert sorted(filter(None, files)) == sorted(
-        str(one.resolve()) for one in (base / "new").iterdir() if one.name != "text"
+        str(one.resolve())
+        for one in (classified / "new").iterdir()
+        if one.name != "text"
     )
 
 
-def test_what_phase_4s_page_saves_is_copied_by_labels(
-    base: Path, server: FakeOllama
-) -> None:
-    path = base / "results.html"
-    assert phase4(base, server, "--html", path) == 1
-    (base / "f1_descomprimidos").mkdir()
-    chest = next(f for f in parse(path).all("article", "data-file") if "chest" in f)
-    saved = base / "etiquetas.csv"
+def test_what_phase_4s_page_saves_is_copied_by_labels(classified: Path) -> None:
+    (classified / "f1_descomprimidos").mkdir()
+    files = parse(classified / "out" / "results.html").all("article", "data-file")
+    chest = next(file for file in files if "chest" in file)
+    saved = classified / "etiquetas.csv"
     saved.write_text(f'\ufefffile,class\r\n"{chest}","Chest"\r\n', "utf-8")
-    assert fase1.main(["--base", str(base), "--labels", str(saved)]) == 0
-    assert (base / "datos_etiquetados" / "Chest" / "chest").exists()
+    assert fase1.main(["--base", str(classified), "--labels", str(saved)]) == 0
+    assert (classified / "datos_etiquetados" / "Chest" / "chest").exists()
     assert Path(chest).exists()
 
 

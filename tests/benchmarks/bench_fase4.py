@@ -1,17 +1,24 @@
-"""Phase 4 against the stand-in's clock: how soon it asks, how little it adds.
+"""Phase 4 against the stand-in's clock: how soon it asks, and how much.
 
-Trains a small model with the stand-in, then classifies new exposures with k = 10 while
-the stand-in takes the time of a GPU, and prints:
+Trains a small model with the stand-in, then classifies new exposures while the stand-in
+takes the time of a GPU, and prints the medians of several runs:
 
 - start: seconds from the start of the process to its first request to the VLM;
-- added: time from the first to the last description, over the server's busy time.
+- added: with all ten questions an image, the time from the first to the last
+  description over the server's busy time;
+- questions per image, and the wall time of the whole run against that with all ten,
+  of images of the classes and of others.
 
     python tests/benchmarks/bench_fase4.py
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,15 +32,15 @@ import fase3_entrenamiento_svc as fase3
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = 5
-NEW_IMAGES = 6
+TRAINED_SIDE = 512
 
 
 def train(base: Path) -> None:
-    """A model of ten small images a class."""
+    """A model of twenty images a class."""
     for label in phantoms.LABELS:
-        for seed in range(10):
+        for seed in range(20):
             path = base / "datos_etiquetados" / label / f"{seed}.dcm"
-            phantoms.write(phantoms.exposure(label, seed, side=160), path)
+            phantoms.write(phantoms.exposure(label, seed, side=TRAINED_SIDE), path)
     with FakeOllama() as fake:
         asked = ["--descriptions", "20", "--generic-share", "0.5", "--quiet"]
         flags = ["--base", str(base), *phase_flags(fake.url), *asked]
@@ -41,30 +48,50 @@ def train(base: Path) -> None:
     assert fase3.main(["--base", str(base), "--quiet"]) == 0
 
 
-def new_images(folder: Path) -> list[str]:
-    """Full-size exposures, as a detector gives them."""
-    images = []
-    for seed in range(NEW_IMAGES):
-        image = phantoms.exposure(phantoms.LABELS[seed % 3], 900 + seed, side=2500)
-        images.append(str(phantoms.write(image, folder / f"{seed}.dcm")))
-    return images
+def draw(folder: Path, kind: str, count: int, side: int) -> list[str]:
+    """New exposures of the classes in turn, or of none of them."""
+    paths = []
+    for seed in range(900, 900 + count):
+        if kind == "known":
+            image = phantoms.exposure(phantoms.LABELS[seed % 3], seed, side=side)
+        else:
+            image = phantoms.unrelated(seed, side=side)
+        paths.append(str(phantoms.write(image, folder / f"{kind}_{side}_{seed}.dcm")))
+    return paths
 
 
-def measure(base: Path, images: list[str], slots: int) -> tuple[float, float, float]:
-    """Seconds to the first VLM request, of asking, and of the server being busy."""
+@dataclass
+class Run:
+    """What the stand-in saw of one run of phase 4; seconds from its start."""
+
+    first_s: float
+    asking_s: float
+    busy_s: float
+    wall_s: float
+    questions: int
+
+
+def measure(base: Path, images: list[str], slots: int, *flags: str) -> Run:
+    """One run of phase 4 that knows no answer yet."""
+    shutil.rmtree(base / "dataset_final_vlm" / "descripciones", ignore_errors=True)
     with FakeOllama(time_model="gpu", load_s=0.0, num_parallel=slots) as fake:
-        command = [sys.executable, str(ROOT / "fase4_inferencia_vlm.py")]
-        flags = [*phase_flags(fake.url), "--server-parallel", str(slots)]
+        command = [sys.executable, str(ROOT / "fase4_inferencia_vlm.py"), *flags]
+        command += [*phase_flags(fake.url), "--server-parallel", str(slots)]
+        command += ["--base", str(base), "--no-sight-test", *images]
         fake.control(reset_stats=True)
-        subprocess.run(
-            [*command, "--base", str(base), *flags, *images],
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
+        started = time.monotonic()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+        wall_s = time.monotonic() - started
         seen = fake.stats()
-    first_question, _ = seen["questions_s"]
+    questions = sum(one["asked"] for one in seen["asked"] if one["prompt"])
+    first_question = seen["questions_s"][0] if questions else 0.0
     asking_s = max(seen["last_s"].values()) - first_question
-    return seen["first_s"]["/api/chat"], asking_s, seen["busy_s"]
+    first_s = seen["first_s"]["/api/chat"]
+    return Run(first_s, asking_s, seen["busy_s"], wall_s, questions)
+
+
+def median(values: Iterable[float]) -> float:
+    return sorted(values)[RUNS // 2]
 
 
 def main() -> None:
@@ -72,15 +99,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         train(base)
-        images = new_images(base / "new")
+        large = draw(base / "new", "known", 6, 2500)
         for slots in (1, 4):
-            runs = [measure(base, images, slots) for _ in range(RUNS)]
-            start = sorted(first for first, _, _ in runs)[RUNS // 2]
-            added = sorted(asking / busy for _, asking, busy in runs)[RUNS // 2]
+            runs = [measure(base, large, slots, "--ask-all") for _ in range(RUNS)]
+            start = median(run.first_s for run in runs)
+            added = median(run.asking_s / run.busy_s for run in runs)
             print(
-                f"{len(images)} images of 2500 pixels, k = 10, {slots} slot(s): first "
+                f"{len(large)} images of 2500 pixels, k = 10, {slots} slot(s): first "
                 f"VLM request after {start:.2f} s, asking takes {added:.3f} times the "
-                f"server's busy time (medians of {RUNS})"
+                f"server's busy time (medians of {RUNS})",
+                flush=True,
+            )
+        for kind in ("known", "unknown"):
+            small = draw(base / "new", kind, 12, TRAINED_SIDE)
+            few = [measure(base, small, 1) for _ in range(RUNS)]
+            ten = [measure(base, small, 1, "--ask-all") for _ in range(RUNS)]
+            wall = [median(run.wall_s for run in runs) for runs in (few, ten)]
+            print(
+                f"{len(small)} {kind} images: {few[0].questions / len(small):.1f} "
+                f"questions an image, {wall[0]:.1f} s against {wall[1]:.1f} s with "
+                f"{ten[0].questions / len(small):.0f} (medians of {RUNS})",
+                flush=True,
             )
 
 
