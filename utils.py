@@ -18,11 +18,11 @@ import math
 import os
 import random
 import re
+import secrets
 import signal
 import stat
 import struct
 import sys
-import tempfile
 import time
 import unicodedata
 import warnings
@@ -210,10 +210,12 @@ def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
 # --- Files --------------------------------------------------------------------------
 # Owns finding, writing, locking and the journal. Never changes a file of the user's.
 
-_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-_OWN_LISTS = re.compile(
-    r"manifiesto\.csv|rechazados\.csv|etiquetas.*\.csv|vista_previa.*\.html"
+_OF_NO_INTEREST = re.compile(
+    r"\..*|manifiesto\.csv|rechazados\.csv|etiquetas.*\.csv|vista_previa.*\.html"
+    r"|(?i:thumbs\.db|desktop\.ini)",
+    re.DOTALL,
 )
+"""Hidden files, the program's own lists and pages, and what Windows leaves behind."""
 
 
 def find_files(
@@ -245,9 +247,9 @@ def find_files(
                 subfolders.remove(name)
                 tell(Path(folder, name), "a link to a folder: links are not followed")
         for name in sorted(names):
-            path = Path(folder, name)
-            if _is_of_no_interest(path):
+            if _OF_NO_INTEREST.fullmatch(name):
                 continue
+            path = Path(folder, name)
             if problem := _why_no_file(path):
                 tell(path, problem)
             else:
@@ -259,17 +261,6 @@ def _is_link(path: str) -> bool:
     return os.path.islink(path) or (  # noqa: PTH114 - 10 times as fast
         sys.platform == "win32" and os.path.realpath(path) != os.path.abspath(path)  # noqa: PTH100
     )
-
-
-def _is_of_no_interest(path: Path) -> bool:
-    name = path.name
-    if name.startswith(".") or name.lower() in _SYSTEM_FILES:
-        return True
-    if sys.platform == "win32":
-        both = stat.FILE_ATTRIBUTE_HIDDEN | stat.FILE_ATTRIBUTE_SYSTEM
-        if path.lstat().st_file_attributes & both == both:
-            return True
-    return _OWN_LISTS.fullmatch(name) is not None
 
 
 def _why_no_file(path: Path) -> str:
@@ -313,37 +304,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     exception the temporary file goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=".", suffix=".tmp", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
-            yield cast(BinaryIO, file)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-            temporary.chmod(0o666 & ~_umask())
-            replace_file(temporary, path)
-        except BaseException as error:
-            file.close()
-            remove_file(temporary)
-            if isinstance(error, OSError) and error.filename == str(temporary):
-                error.filename, error.filename2 = str(path), None
-            raise
+        replace_file(temporary, path)
+    except BaseException as error:
+        remove_file(temporary)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
-def _umask() -> int:
-    """What new files are denied; tempfile makes its own for one user alone."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; one that holds this already is left as it is."""
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping as indented UTF-8 JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+    write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -368,16 +353,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def write_csv(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
 ) -> None:
-    """Write rows as UTF-8 CSV with BOM and a header line, atomically.
+    """Write rows as UTF-8 CSV with BOM and a header line, as `write_file` does.
 
     A name that is not UTF-8 keeps its bytes: `read_csv` gives it back as it was.
     """
-    with atomic_write(path) as file:
-        text = csv_text(file)
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
+    content = io.BytesIO()
+    writer = csv.DictWriter(csv_text(content), columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, content.getvalue())
 
 
 def csv_text(file: BinaryIO) -> io.TextIOWrapper:
