@@ -98,8 +98,7 @@ SHARED_UID = "several images have one SOPInstanceUID"
 
 # --- The order of exposure: PS3.5 6.2, DA, TM and DT --------------------------------
 
-DATE_SOURCES = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
-TIME_SOURCES = ("Acquisition", "Content", "InstanceCreation", "Series", "Study")
+SOURCES = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
 BEGINNINGS = ("SeriesDate/Time", "StudyDate/Time")
 """A series or study has one time for all its images: any other tells more."""
 
@@ -127,28 +126,35 @@ def moment_of(get: Callable[[str], Any]) -> tuple[str, str]:
     one the day begins. Moments with a known offset from UTC are given in UTC. The text
     is YYYYMMDDTHHMMSS.ffffff, or NO_DATE.
     """
-    offset = parse_offset(str(get("TimezoneOffsetFromUTC") or ""))
-    whole = parse_datetime(str(get("AcquisitionDateTime") or ""), offset)
-    pairs = {}
-    for name in DATE_SOURCES:
-        day, clock = (str(get(f"{name}{part}") or "") for part in ("Date", "Time"))
-        stamp = Stamp(f"{name}Date/Time", parse_date(day), parse_time(clock), offset)
-        pairs[name] = stamp
-    dated = next((one for one in (whole, *pairs.values()) if one.day), None)
-    if dated is None or dated.day is None:
+    stamps = list(stamps_of(lambda keyword: str(get(keyword) or "")))
+    first = next((one for one in stamps if one.day), None)
+    if first is None or first.day is None:
         return NO_DATE, ""
-    moment, used = dated.day, f"{dated.name}, no valid time"
-    own = [] if dated.name in BEGINNINGS else [dated]
-    for one in (*own, whole, *(pairs[name] for name in TIME_SOURCES)):
-        is_undated = one.day is None and one.name not in BEGINNINGS
-        if one.clock is None or not (is_undated or one.day == dated.day):
+    stamps.sort(key=lambda one: (one.name in BEGINNINGS, one is not first))
+    moment, used = first.day, f"{first.name}, no valid time"
+    for one in stamps:
+        day = first.day if one.day is None and one.name not in BEGINNINGS else one.day
+        if one.clock is None or day != first.day:
             continue
         with suppress(OverflowError):  # out of the calendar
-            moment = dated.day + one.clock - (one.offset or timedelta(0))
-            used = dated.name if one is dated else f"{dated.name} + time of {one.name}"
+            moment = first.day + one.clock - (one.offset or timedelta(0))
+            used = first.name if one is first else f"{first.name} + time of {one.name}"
             used += "" if one.offset is None else IN_UTC
             break
     return f"{moment.year:04d}{moment:%m%dT%H%M%S.%f}", used
+
+
+def stamps_of(get: Callable[[str], str]) -> Iterator[Stamp]:
+    """The attributes that tell of the moment, the best first."""
+    zone, whole = get("TimezoneOffsetFromUTC"), get("AcquisitionDateTime")
+    match = DATETIME_FORM.fullmatch(whole)
+    day, clock, own = match.groups("") if match else (whole[:8], "", "")
+    date = parse_date(f"{day}0101"[:8])  # the year or month began
+    name, offset = "AcquisitionDateTime", parse_offset(own or zone)
+    yield Stamp(name, date, parse_time(clock), offset)
+    for name in SOURCES:
+        date, time = parse_date(get(f"{name}Date")), parse_time(get(f"{name}Time"))
+        yield Stamp(f"{name}Date/Time", date, time, parse_offset(zone))
 
 
 def parse_datetime(text: str, offset: timedelta | None) -> Stamp:
@@ -656,17 +662,13 @@ class Known:
         """Of this run, by source."""
         self.places: dict[str, Path] = {}
         """The file that holds the image of an output now; none where it is lost."""
-        self.names: dict[str, list[str]] = {}
-        """Outputs by their identity."""
         self.files: dict[str, list[Path]] = {}
         """Files that are there, labelled ones first, by their identity."""
         for path in self.folder.glob(TEMPORARY):  # what a killed run left unfinished
             utils.remove_file(path)
         for key, one in self.journal.items():
             if key.startswith("output/") and {"identity", "source", "record"} <= {*one}:
-                name = key.removeprefix("output/")
-                self.outputs[name] = one
-                self.names.setdefault(one["identity"], []).append(name)
+                self.outputs[key.removeprefix("output/")] = one
         self._read_folders()
 
     def _read_folders(self) -> None:
@@ -678,19 +680,18 @@ class Known:
                 self._not_labelled(path, f"can't be read: {error.strerror}")
         labelled = [path for paths in self.files.values() for path in paths]
         self.labelled = {path.name: path for path in reversed(labelled)}
-        here = {path.name for path in self.folder.glob("*.dcm")}
+        here = {path.name: path for path in sorted(self.folder.glob("*.dcm"))}
+        count = Counter(one["identity"] for one in self.outputs.values())
         for name, one in self.outputs.items():
-            same = self.files.setdefault(one["identity"], [])
-            if name in here:
-                self.places[name] = self.folder / name
-            elif name in self.labelled:
-                self.places[name] = self.labelled[name]
-            elif same and len(self.names[one["identity"]]) == 1:
-                self.places[name] = same[0]
-        for name in sorted(here):  # also of an older version, or whose record is lost
-            one = self.outputs.get(name, {})
-            identity = one.get("identity") or identity_of(self.folder / name)
-            self.files.setdefault(identity, []).append(self.folder / name)
+            found = [here.get(name), self.labelled.get(name)]
+            if count[one["identity"]] == 1:
+                found += self.files.get(one["identity"], ())
+            if place := next(filter(None, found), None):
+                self.places[name] = place
+        for name, path in here.items():  # also of an older version, or without a record
+            known = self.outputs.get(name)
+            identity = known["identity"] if known else identity_of(path)
+            self.files.setdefault(identity, []).append(path)
 
     def _not_labelled(self, path: Path, reason: str) -> None:
         """Images that are there unseen would be written a second time."""
@@ -700,7 +701,7 @@ class Known:
 
     def key(self, source: Path) -> str:
         """What a file of the input is called in the journal and the lists."""
-        return source.relative_to(self.source_dir).as_posix()
+        return source.as_posix().removeprefix(f"{self.source_dir.as_posix()}/")
 
     def is_done(self, source: Path, facts: Facts) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
@@ -748,17 +749,14 @@ def settle(known: Known, task: Task, outcome: Outcome) -> None:
     """Give a converted file its final name, unless its image is there already."""
     if outcome.reason:
         utils.remove_file(task.temporary)
-    if outcome.disk_failed:
-        raise PipelineError(
-            f"{known.folder} can't be written: {outcome.reason}: free some space"
-            " or choose another folder, then run the same command again"
-        )
-    if outcome.reason:
-        facts, knobs = [*task.facts], "" if outcome.may_pass else known.knobs
-        record = outcome.record
-        known.reject(
-            task.source, outcome.reason, facts=facts, knobs=knobs, record=record
-        )
+        if outcome.disk_failed:
+            raise PipelineError(
+                f"{known.folder} can't be written: {outcome.reason}: free some space"
+                " or choose another folder, then run the same command again"
+            )
+        knobs = "" if outcome.may_pass else known.knobs
+        more = {"facts": [*task.facts], "knobs": knobs, "record": outcome.record}
+        known.reject(task.source, outcome.reason, **more)
         return
     kind, name, held = place(known, task, outcome)
     # The list says "complete": it goes before the first change.
@@ -772,10 +770,8 @@ def settle(known: Known, task: Task, outcome: Outcome) -> None:
     utils.remove_file(task.temporary)
     known.counts[kind] += 1
     if outcome.thumbnail:
-        keep_thumbnail(known, name, outcome.thumbnail)
+        thumbnail(known, name, outcome.thumbnail)
     key = known.key(task.source)
-    if name not in known.outputs:
-        known.names.setdefault(outcome.identity, []).append(name)
     if kind == "written" or name not in known.outputs:
         known.outputs[name] = {
             **{"identity": outcome.identity, "source": key},
@@ -804,18 +800,16 @@ def place(known: Known, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
 
     # One that was adopted before may have a twin that was not.
     for path in sorted(known.files.get(outcome.identity, ()), key=adopted):
-        is_labelled, has_name = path.parent != known.folder, path.name.startswith(stem)
-        is_ours = not is_labelled and path.name in known.outputs
-        if not path.exists() or (adopted(path) and not is_labelled and not has_name):
-            continue
-        is_same = same_content if is_ours and not adopted(path) else same_values
-        if not is_same(path, task.temporary):
+        is_labelled, is_known = path.parent != known.folder, path.name in known.outputs
+        exact = is_known and not is_labelled and not adopted(path)
+        is_same = same_content if exact else same_values
+        if not path.exists() or not is_same(path, task.temporary):
             continue
         if is_labelled:
             return "labelled", name_of_labelled(known, path, task, outcome), path
-        if is_ours:
+        if is_known:
             return "duplicate", path.name, path
-        return "renamed", path.name if has_name else free, path
+        return "renamed", path.name if path.name.startswith(stem) else free, path
     return "written", free, task.temporary
 
 
@@ -824,8 +818,8 @@ def name_of_labelled(known: Known, path: Path, task: Task, outcome: Outcome) -> 
     own = known.journal.get(f"source/{known.key(task.source)}") or {}
     lost = [
         name
-        for name in known.names.get(outcome.identity, ())
-        if known.places.get(name, path) == path
+        for name, one in known.outputs.items()
+        if one["identity"] == outcome.identity and known.places.get(name, path) == path
     ]
     candidates = [path.name, own.get("output"), *lost]
     return next((name for name in candidates if name in lost), path.name)
@@ -861,21 +855,19 @@ def write_lists(known: Known) -> None:
         known.journal.add({"taken_back": [f"output/{name}" for name in lost]})
     for name in lost:
         del known.outputs[name]
-    rows = list(rejected(known))
-    utils.write_csv(known.folder / config.REJECTED_LIST, REJECTED_COLUMNS, rows)
-    if not (known.folder / config.FILE_LIST).exists():
-        utils.write_csv(known.folder / config.FILE_LIST, COLUMNS, manifest(known))
+    path = known.folder / config.REJECTED_LIST
+    utils.write_csv(path, REJECTED_COLUMNS, rejected(known))
+    path = known.folder / config.FILE_LIST
+    if not path.exists():
+        utils.write_csv(path, COLUMNS, manifest(known))
 
 
 def rejected(known: Known) -> Iterator[dict[str, str]]:
     """Files of this run that have no output, and why."""
     for key in sorted(known.rejected, key=os.fsencode):
         one = known.rejected[key]
-        yield {
-            "source": shown_path(key),
-            "reason": one["reason"],
-            **one.get("record", {}),
-        }
+        record = one.get("record") or {}
+        yield {"source": shown_path(key), "reason": one["reason"], **record}
 
 
 def manifest(known: Known) -> Iterator[dict[str, str]]:
@@ -954,45 +946,44 @@ def warnings(known: Known) -> Iterator[str]:
 
 def write_sheet(known: Known) -> None:
     """Write the page of all images, unless they and their classes are the same."""
-    path = known.folder / config.SHEET
-    labels = {name: class_of(known, name) for name in known.outputs}
-    digest = utils.sha256_of(known.folder / config.FILE_LIST)
-    about = hashlib.sha256(repr((known.knobs, digest, labels)).encode()).hexdigest()
-    if path.exists() and known.journal.get("sheet") == {"about": about}:
+    path, digest = known.folder / config.SHEET, hashlib.sha256(known.knobs.encode())
+    digest.update((known.folder / config.FILE_LIST).read_bytes())
+    digest.update(repr([class_of(known, name) for name in known.outputs]).encode())
+    about = {"about": digest.hexdigest()}
+    if path.exists() and known.journal.get("sheet") == about:
         return
-    tiles, pictures = [tile(row, labels) for row in manifest(known)], {}
+    tiles = [tile(row, class_of(known, row["output"])) for row in manifest(known)]
+    pictures: dict[str, bytes] = {}
     for one in tiles:
         with suppress(Exception):  # of an output that somebody has damaged
-            pictures[one.name] = read_thumbnail(known, one.name)
+            pictures[one.name] = thumbnail(known, one.name)
     places: list[int] = []
     for start in range(0, len(tiles), utils.PAGE_TILES):
-        shown = tiles[start : start + utils.PAGE_TILES]
-        places += various([pictures.get(one.name) for one in shown])
-    both = zip(tiles, places, strict=True)
+        part = tiles[start : start + utils.PAGE_TILES]
+        places += various([pictures.get(one.name) for one in part])
     sheet = utils.Sheet(
         title=str(known.folder),
         folder=str(known.folder.resolve()),
-        tiles=[one._replace(rank=rank) for one, rank in both],
+        tiles=[one._replace(rank=at) for one, at in zip(tiles, places, strict=True)],
         pictures=pictures,
         classes=config.CLASS_NAMES,
         sections=[utils.Section("", [utils.HOW_TO_MARK])],
         orders=("in order of exposure", "various first"),
     )
     utils.page(path, sheet)
-    known.add("sheet", about=about)
+    known.add("sheet", **about)
 
 
 def class_of(known: Known, name: str) -> str | None:
-    """The class folder that an output lies in, at any depth; None if in no class."""
+    """The class folder in which an output lies, at any depth; None: in no folder."""
     path = known.places[name]
     if path.parent == known.folder:
         return None
     return "".join(path.relative_to(known.labelled_dir).parts[:-1][:1])
 
 
-def tile(row: Mapping[str, str], labels: Mapping[str, str | None]) -> utils.Tile:
+def tile(row: Mapping[str, str], label: str | None) -> utils.Tile:
     """One line of the manifest as an image of the sheet, under its day and detector."""
-    name, label = row["output"], labels[row["output"]]
     day, time = "no date", ""
     if row["timestamp"] != NO_DATE:
         moment = datetime.strptime(row["timestamp"], "%Y%m%dT%H%M%S.%f")
@@ -1001,9 +992,9 @@ def tile(row: Mapping[str, str], labels: Mapping[str, str | None]) -> utils.Tile
     shown = [form.format(row[key]) for key, form in units.items() if row[key]]
     size = f"{row['rows']} × {row['columns']}"
     return utils.Tile(
-        name=name,
-        picture=name,
-        file=name if label is None else "",
+        name=row["output"],
+        picture=row["output"],
+        file=row["output"] if label is None else "",
         group=f"{day} · {row['detector'] or 'no detector named'}",
         label=label or "",
         lines=[
@@ -1015,18 +1006,15 @@ def tile(row: Mapping[str, str], labels: Mapping[str, str | None]) -> utils.Tile
     )
 
 
-def keep_thumbnail(known: Known, name: str, jpeg: bytes) -> None:
-    """Keep the thumbnail of an output beside it."""
-    utils.write_file(known.folder / config.SHEET_THUMBNAILS / f"{name}.jpg", jpeg)
-
-
-def read_thumbnail(known: Known, name: str) -> bytes:
-    """The thumbnail of an output, made anew where it is gone."""
+def thumbnail(known: Known, name: str, jpeg: bytes = b"") -> bytes:
+    """Keep the thumbnail of an output, or read it; made anew where it is gone."""
     path = known.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
-    if not path.exists():
-        dataset = utils.read_dicom(known.places[name])
-        keep_thumbnail(known, name, utils.preview(utils.decode(dataset), dataset))
-    return path.read_bytes()
+    if jpeg or not path.exists():
+        if not jpeg:
+            dataset = utils.read_dicom(known.places[name])
+            jpeg = utils.preview(utils.decode(dataset), dataset)
+        utils.write_file(path, jpeg)
+    return jpeg or path.read_bytes()
 
 
 def various(thumbnails: Sequence[bytes | None]) -> list[int]:
