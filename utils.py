@@ -1632,21 +1632,22 @@ def _padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
 
 
 def _window(
-    small: NDArray[np.float32], share: NDArray[np.floating[Any]]
+    small: NDArray[np.float32], share: NDArray[np.floating[Any]], step: int = 1
 ) -> NDArray[np.uint8]:
     """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks.
 
     `share` tells how much of a pixel is image, 0 to 1; it is empty where there is no
     padding. Padding has no part in the window, and is drawn as what stands beside the
-    image.
+    image. The window is that of every `step`-th pixel of a row and a column.
     """
     inside = share > 0.99 if share.size else np.ones(small.shape, bool)
     inside = inside if inside.any() else share >= share.max()
-    content = small[inside]
+    seen, inside = small[::step, ::step], inside[::step, ::step]
+    content = seen[inside]
     low, high = np.percentile(content, config.WINDOW_PERCENTILES)
     if low == high:
         low, high = content.min(), content.max()
-    noise = _noise_sd(small, inside)
+    noise = _noise_sd(seen, inside)
     width = max(high - low, config.WINDOW_MIN_NOISE_SDS * noise, 1e-6)
     scaled = (small - (low + high) / 2) / width + 0.5
     grey = np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
@@ -3791,18 +3792,22 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     In the grey window of `prepare_image`, found on these pixels: nearly its picture.
     """
     frame = frame_of(pixels, len(pixels.values) // 2)
-    step = max(1, max(frame.shape[:2]) // 320)
+    step = math.ceil(max(frame.shape[:2]) / 320)
     frame = frame[::step, ::step]
-    values, padding = _display_values(frame, dataset), _padding(frame, dataset)
-    height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
+    fold = max(1, round(max(frame.shape[:2]) / 160))
+    rows, columns = (side // fold * fold for side in frame.shape[:2])
+
+    def small(values: NDArray[Any]) -> NDArray[Any]:  # 3 times as fast as of Pillow
+        parts = (values[y:rows:fold, x:columns:fold] for y, x in np.ndindex(fold, fold))
+        return np.asarray(sum(parts) / np.float32(fold * fold))
+
+    padding = _padding(frame, dataset)
+    share = small((~padding).astype(np.float32)) if padding.any() else np.ones(0)
+    grey = _window(small(_display_values(frame, dataset)), share, step=2)
+    height, width = frame.shape[0] * _pixel_aspect(dataset), float(frame.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
-    small, *share = (
-        np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BOX))
-        for part in parts
-    )
-    return thumbnail(_window(small, share[0] if share else np.ones(0)))
+    return thumbnail(np.asarray(Image.fromarray(grey).resize(size)))
 
 
 def page(path: Path, sheet: Sheet) -> None:
