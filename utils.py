@@ -3795,15 +3795,10 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     step = math.ceil(max(frame.shape[:2]) / 320)
     frame = frame[::step, ::step]
     fold = max(1, round(max(frame.shape[:2]) / 160))
-    rows, columns = (side // fold * fold for side in frame.shape[:2])
-
-    def small(values: NDArray[Any]) -> NDArray[Any]:  # 3 times as fast as of Pillow
-        parts = (values[y:rows:fold, x:columns:fold] for y, x in np.ndindex(fold, fold))
-        return np.asarray(sum(parts) / np.float32(fold * fold))
-
-    padding = _padding(frame, dataset)
-    share = small((~padding).astype(np.float32)) if padding.any() else np.ones(0)
-    grey = _window(small(_display_values(frame, dataset)), share, step=2)
+    values, padding = _display_values(frame, dataset), _padding(frame, dataset)
+    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
+    small, *share = (np.asarray(Image.fromarray(part).reduce(fold)) for part in parts)
+    grey = _window(small, share[0] if share else np.ones(0), step=2)
     height, width = frame.shape[0] * _pixel_aspect(dataset), float(frame.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
