@@ -42,7 +42,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -1047,25 +1047,18 @@ def place_labels(cfg: Config) -> int:
     A file of phase 1's is moved, one with an absolute path copied. What is not clear
     stays where it is, and is listed.
     """
-    if not cfg.folder("decompressed_dir").is_dir():
-        raise PipelineError(
-            f"{cfg.folder('decompressed_dir')} is missing: run phase 1 without --labels"
-            " first"
-        )
     rows = [row for path in cfg.labels for row in read_labels(path)]
     lines = Counter(file for file, _ in rows)
-    done: Counter[str] = Counter()
-    with only_phase_1(cfg):
-        labels = Labels(cfg)
-        for file, label in dict.fromkeys(rows):
-            try:
-                if lines[file] > 1:
-                    raise RejectedError(f"stands in {lines[file]} lines")
-                print(labels.place(file, label))
-                done[label] += 1
-            except RejectedError as error:
-                done[""] += 1
-                log.warning("left: %s, %s: %s", clean(file), clean(label), error)
+    labels, done = Labels(cfg), Counter[str]()
+    for file, label in dict.fromkeys(rows):
+        try:
+            if lines[file] > 1:
+                raise RejectedError(f"stands in {lines[file]} lines")
+            print(labels.place(file, label))
+            done[label] += 1
+        except RejectedError as error:
+            done[""] += 1
+            log.warning("left: %s, %s: %s", clean(file), clean(label), error)
     placed = ", ".join(f"{name} {count}" for name, count in done.items() if name)
     print(f"{'would be ' * cfg.dry_run}labelled: {placed or 'nothing'}")
     if done[""]:
@@ -1175,30 +1168,38 @@ def bring(source: Path, target: Path, move: bool) -> None:
 
 
 def run(cfg: Config) -> int:
+    """Decompress, or place what is labelled, as the only one; returns the exit code."""
+    folder = cfg.folder("decompressed_dir")
+    if not cfg.labels:
+        check_folders(cfg)
+    elif not folder.is_dir():
+        raise PipelineError(f"{folder} is missing: run phase 1 without --labels first")
+    held = f"another phase 1 is at work in {folder}: wait for it to end"
+    with utils.lock(folder / LOCK, held):
+        return place_labels(cfg) if cfg.labels else decompress(cfg)
+
+
+def decompress(cfg: Config) -> int:
     """Decompress what is new below the input folder; returns the exit code."""
-    if cfg.labels:
-        return place_labels(cfg)
-    if cfg.dry_run:
-        raise PipelineError("--dry-run shows what --labels would do: name the lists")
-    make_folders(cfg)
-    with only_phase_1(cfg):
-        known = Known(cfg)
-        tasks = new_tasks(known, cfg)
-        outcomes = convert_all(tasks, cfg.jobs or os.cpu_count() or 1)
-        bar = {"total": len(tasks), "unit": " files", "leave": False}
-        with closing(outcomes):  # None: no bar where stderr is no terminal
-            for task, outcome in tqdm(outcomes, **bar, disable=cfg.quiet or None):
-                settle(known, task, outcome)
-        if not known.counts:
-            raise PipelineError(f"{known.source_dir} is empty: put DICOM files into it")
-        write_lists(known)
-        write_sheet(known)
-        report(known)
+    known = Known(cfg)
+    tasks = new_tasks(known, cfg)
+    outcomes = convert_all(tasks, cfg.jobs or os.cpu_count() or 1)
+    bar = {"total": len(tasks), "unit": " files", "leave": False}
+    with closing(outcomes):  # None: no bar where stderr is no terminal
+        for task, outcome in tqdm(outcomes, **bar, disable=cfg.quiet or None):
+            settle(known, task, outcome)
+    if not known.counts:
+        raise PipelineError(f"{known.source_dir} is empty: put DICOM files into it")
+    write_lists(known)
+    write_sheet(known)
+    report(known)
     return utils.EXIT_SOME_FAILED if known.counts["rejected"] else utils.EXIT_DONE
 
 
-def make_folders(cfg: Config) -> None:
-    """Create what is missing, but no input, and no output that would become input."""
+def check_folders(cfg: Config) -> None:
+    """Make what is missing; refuse a missing input, and an output inside it."""
+    if cfg.dry_run:
+        raise PipelineError("--dry-run shows what --labels would do: name the lists")
     source_dir, folder = cfg.folder("input_dir"), cfg.folder("decompressed_dir")
     if not source_dir.is_dir():
         raise PipelineError(f"{source_dir} is missing: put the DICOM files into it")
@@ -1210,13 +1211,6 @@ def make_folders(cfg: Config) -> None:
     if not labelled.exists():
         for name in config.CLASS_NAMES:
             (labelled / name).mkdir(parents=True)
-
-
-def only_phase_1(cfg: Config) -> AbstractContextManager[None]:
-    """The lock without which nothing is written into the output folder."""
-    folder = cfg.folder("decompressed_dir")
-    held = f"another phase 1 is at work in {folder}: wait for it to end"
-    return utils.lock(folder / LOCK, held)
 
 
 def new_tasks(known: Known, cfg: Config) -> list[Task]:

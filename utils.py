@@ -3827,9 +3827,7 @@ def page(path: Path, sheet: Sheet) -> None:
         html = template.render(
             sheet=sheet, tiles=tiles, pictures=pictures, paths=paths, number=number
         ).encode("utf-8", "backslashreplace")
-        if not target.is_file() or target.read_bytes() != html:
-            with atomic_write(target) as file:
-                file.write(html)
+        write_file(target, html)
 
 
 _PAGE = r"""<!doctype html>

@@ -1230,7 +1230,7 @@ def test_a_full_disk_stops_the_run_with_one_line(
     (base / "link").symlink_to("/dev/full")
     outcome = fase1.convert(Task(source, base / "link", 64))
     cfg, _ = config.parse_config(1, "", ["--base", str(base)])
-    fase1.make_folders(cfg)
+    fase1.check_folders(cfg)
 
     def settle() -> int:
         fase1.settle(fase1.Known(cfg), Task(source, base / "link", 64), outcome)
