@@ -795,19 +795,15 @@ def place(known: Known, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
         if name not in known.labelled and not (known.folder / name).exists()
     )
 
-    def adopted(path: Path) -> bool:
-        return bool(known.outputs.get(path.name, {}).get("adopted"))
-
-    # One that was adopted before may have a twin that was not.
-    for path in sorted(known.files.get(outcome.identity, ()), key=adopted):
-        is_labelled, is_known = path.parent != known.folder, path.name in known.outputs
-        exact = is_known and not is_labelled and not adopted(path)
+    for path in known.files.get(outcome.identity, ()):
+        is_labelled, record = path.parent != known.folder, known.outputs.get(path.name)
+        exact = record and not (is_labelled or record.get("adopted"))
         is_same = same_content if exact else same_values
         if not path.exists() or not is_same(path, task.temporary):
             continue
         if is_labelled:
             return "labelled", name_of_labelled(known, path, task, outcome), path
-        if is_known:
+        if record:
             return "duplicate", path.name, path
         return "renamed", path.name if path.name.startswith(stem) else free, path
     return "written", free, task.temporary

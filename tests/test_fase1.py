@@ -1167,11 +1167,12 @@ def test_a_duplicate_in_another_syntax_is_the_same_image(base: Path) -> None:
     assert len(outputs(base)) == 1
 
 
+@pytest.mark.parametrize(("seed", "comment"), [(1, "another header"), (2, "")])
 def test_one_uid_with_two_contents_is_kept_twice_and_warned_of(
-    base: Path, caplog: pytest.LogCaptureFixture
+    base: Path, caplog: pytest.LogCaptureFixture, seed: int, comment: str
 ) -> None:
-    write(base / "input_dicom" / "a", exposure(seed=1))
-    write(base / "input_dicom" / "b", exposure(seed=2))
+    write(base / "input_dicom" / "a", exposure(seed=1), ImageComments="")
+    write(base / "input_dicom" / "b", exposure(seed=seed), ImageComments=comment)
     assert main(["--base", str(base), "--jobs", "2"]) == 0
     assert len(outputs(base)) == 2
     assert manifest(base)[1]["output"].endswith("_2.dcm")
@@ -1591,6 +1592,7 @@ def test_a_second_run_opens_no_file(
 ) -> None:
     collection(base)
     run(base)
+    label(base, outputs(base)[1], "my favourite.dcm")
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a worker was started")
@@ -1684,6 +1686,17 @@ def test_a_renamed_twin_is_told_from_the_other(base: Path, moved: str) -> None:
 def test_a_twin_that_was_lost_is_written_again(base: Path) -> None:
     first, second = twins(base)
     before = images(base)
+    third = base / "input_dicom" / "C"
+    label(base, first)
+    label(base, second)
+    write(third, exposure(seed=3))
+    run(base)
+    assert outputs(base)[0].name not in (first.name, second.name)
+    third.unlink()
+    for path in outputs(base):
+        path.unlink()
+    for path in (base / "datos_etiquetados").rglob("*.dcm"):
+        path.rename(first.parent / path.name)
     label(base, second, "renamed.dcm")
     run(base)
     first.unlink()
@@ -1810,6 +1823,9 @@ def test_outputs_outlive_their_sources(base: Path) -> None:
     (base / "input_dicom" / "d1" / "1.dcm").unlink()
     run(base)
     assert len(outputs(base)) == len(manifest(base)) == 6
+    outputs(base)[0].unlink()
+    run(base)
+    assert len(outputs(base)) == len(manifest(base)) == 5
 
 
 def test_a_damaged_state_is_made_anew(base: Path) -> None:
