@@ -1514,7 +1514,7 @@ def test_workers_end_with_their_parent() -> None:
         env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
         start_new_session=True,
     )
-    assert wait_until(lambda: count_of(process.pid) >= 3)
+    assert wait_until(lambda: count_of(process.pid) >= 4, 30)
     time.sleep(1)  # the worker takes up its task
     process.kill()
     process.wait()
