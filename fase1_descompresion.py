@@ -27,9 +27,8 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
 
 import csv
-import errno
 import faulthandler
-import filecmp
+import gc
 import hashlib
 import io
 import itertools
@@ -42,16 +41,15 @@ import shutil
 import struct
 import sys
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -87,7 +85,7 @@ STATE, LOCK = ".fase1.jsonl", ".fase1.lock"
 """What was done, so that the next run need not open a file to know it; who does it."""
 
 TEMPORARY = ".fase1-*.tmp"
-SAVE_SECONDS, TELL_SECONDS = 1.0, 15.0
+SAVE_SECONDS = 1.0
 MAX_WARNINGS = 10
 PATIENCE_MB = 16
 """So many decoded megabytes earn a file once more the time-out."""
@@ -95,24 +93,30 @@ PATIENCE_MB = 16
 PENDING = 32
 """Files per worker that may wait for an earlier one that takes long."""
 
-HEAVY_IMPORTS = ["numpy", "pydicom", "imagecodecs", "PIL.Image", "pebble"]
-"""Loaded once for all worker processes, where the system can fork."""
-
 IMPLEMENTATION_UID = "2.25.302418470214713250418632510948250124117"
 IMPLEMENTATION_NAME = "DICOM_QC_FASE1"
 SHARED_UID = "several images have one SOPInstanceUID"
 
 # --- The order of exposure: PS3.5 6.2, DA, TM and DT --------------------------------
 
-DATE_SOURCES = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
-TIME_SOURCES = ("Acquisition", "Content", "InstanceCreation", "Series", "Study")
+SOURCES = ("Acquisition", "Content", "Series", "Study", "InstanceCreation")
+BEGINNINGS = ("SeriesDate/Time", "StudyDate/Time")
 """A series or study has one time for all its images: any other tells more."""
 
 DATE_FORM = re.compile(r"(\d{4})([.]?)(\d\d)\2(\d\d)")
 TIME_FORM = re.compile(r"(\d\d)(?::?(\d\d)(?::?(\d\d)(?:\.(\d*))?)?)?")
-DATETIME_FORM = re.compile(r"(\d{4}(?:\d\d){0,2})((?:\d\d){0,3}(?:\.\d*)?)([+-]\d{4})?")
-OFFSET_FORM = re.compile(r"([+-])(\d\d)(\d\d)")
+DATETIME_FORM = re.compile(r"(\d{4}(?:\d\d){0,2})([\d.]*)([+-]\d{4})?")
 IN_UTC = ", in UTC"
+
+
+class Stamp(NamedTuple):
+    """What one attribute, or a pair of them, says of the moment of exposure."""
+
+    name: str
+    day: datetime | None
+    clock: timedelta | None
+    offset: timedelta | None
+    """From UTC."""
 
 
 def moment_of(get: Callable[[str], Any]) -> tuple[str, str]:
@@ -123,63 +127,45 @@ def moment_of(get: Callable[[str], Any]) -> tuple[str, str]:
     one the day begins. Moments with a known offset from UTC are given in UTC. The text
     is YYYYMMDDTHHMMSS.ffffff, or NO_DATE.
     """
-    moments = {one.source: one for one in _moments(get)}
-    dated = [moments[name] for name in ("", *DATE_SOURCES) if moments[name].date]
-    if not dated:
+    stamps = list(stamps_of(lambda keyword: str(get(keyword) or "")))
+    first = next((one for one in stamps if one.day), None)
+    if first is None or first.day is None:
         return NO_DATE, ""
-    first = dated[0]
-    times = [moments[name] for name in ("", *TIME_SOURCES)]
-    if first.source not in ("Series", "Study"):
-        times.insert(0, first)
-    for one in times:
-        undated = one.date is None and one.source not in ("Series", "Study")
-        if one.clock is None or not (undated or one.date == first.date):
+    stamps.sort(key=lambda one: (one.name in BEGINNINGS, one is not first))
+    moment, used = first.day, f"{first.name}, no valid time"
+    for one in stamps:
+        day = first.day if one.day is None and one.name not in BEGINNINGS else one.day
+        if one.clock is None or day != first.day:
             continue
-        used = first.name if one is first else f"{first.name} + time of {one.name}"
         with suppress(OverflowError):  # out of the calendar
-            if one.offset is None:
-                return _shown(first.date + one.clock), used
-            return _shown(first.date + one.clock - one.offset), used + IN_UTC
-    return _shown(first.date), f"{first.name}, no valid time"
+            moment = first.day + one.clock - (one.offset or timedelta(0))
+            used = first.name if one is first else f"{first.name} + time of {one.name}"
+            used += "" if one.offset is None else IN_UTC
+            break
+    return f"{moment.year:04d}{moment:%m%dT%H%M%S.%f}", used
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What one attribute, or a pair of them, says."""
-
-    source: str
-    date: Any
-    """datetime of the day, or None."""
-    clock: timedelta | None
-    offset: timedelta | None
-    """From UTC."""
-
-    @property
-    def name(self) -> str:
-        """For the manifest."""
-        return f"{self.source}Date/Time" if self.source else "AcquisitionDateTime"
+def stamps_of(get: Callable[[str], str]) -> Iterator[Stamp]:
+    """The attributes that tell of the moment, the best first."""
+    zone, whole = get("TimezoneOffsetFromUTC"), get("AcquisitionDateTime")
+    match = DATETIME_FORM.fullmatch(whole)
+    day, clock, own = match.groups("") if match else (whole[:8], "", "")
+    date = parse_date(f"{day}0101"[:8])  # the year or month began
+    name, offset = "AcquisitionDateTime", parse_offset(own or zone)
+    yield Stamp(name, date, parse_time(clock), offset)
+    for name in SOURCES:
+        date, time = parse_date(get(f"{name}Date")), parse_time(get(f"{name}Time"))
+        yield Stamp(f"{name}Date/Time", date, time, parse_offset(zone))
 
 
-def _moments(get: Callable[[str], Any]) -> Iterator[Moment]:
-    offset = parse_offset(str(get("TimezoneOffsetFromUTC") or ""))
-    whole = str(get("AcquisitionDateTime") or "")
-    if match := DATETIME_FORM.fullmatch(whole):
-        day = match[1] + "0101"[len(match[1]) - 4 :]
-        clock = parse_time(match[2]) if match[2] else None
-        if not match[2] and len(match[1]) < 8:  # the year or month began
-            clock = timedelta(0)
-        own = parse_offset(match[3] or "")
-        yield Moment("", parse_date(day), clock, offset if own is None else own)
-    else:
-        yield Moment("", parse_date(whole[:8]), None, None)
-    for name in DATE_SOURCES:
-        date = parse_date(str(get(f"{name}Date") or ""))
-        clock = parse_time(str(get(f"{name}Time") or ""))
-        yield Moment(name, date, clock, offset)
-
-
-def _shown(moment: datetime) -> str:
-    return f"{moment.year:04d}{moment:%m%dT%H%M%S.%f}"
+def parse_datetime(text: str, offset: timedelta | None) -> Stamp:
+    """DT: YYYY to YYYYMMDDHHMMSS.FFFFFF, perhaps with an offset of its own (&ZZXX)."""
+    name, match = "AcquisitionDateTime", DATETIME_FORM.fullmatch(text)
+    if not match:
+        return Stamp(name, parse_date(text[:8]), None, None)
+    day = parse_date(f"{match[1]}0101"[:8])
+    own = parse_offset(match[3]) if match[3] else offset
+    return Stamp(name, day, parse_time(match[2]), own)
 
 
 def parse_date(text: str) -> datetime | None:
@@ -206,12 +192,11 @@ def parse_time(text: str) -> timedelta | None:
 
 def parse_offset(text: str) -> timedelta | None:
     """&ZZXX, from -1200 to +1400."""
-    match = OFFSET_FORM.fullmatch(text.strip())
-    if not match:
+    match = re.fullmatch(r"([+-])(\d\d)(\d\d)", text.strip())
+    if not match or not -1200 <= int(match[0]) <= 1400:
         return None
     offset = timedelta(hours=int(match[2]), minutes=int(match[3]))
-    offset = offset if match[1] == "+" else -offset
-    return offset if timedelta(hours=-12) <= offset <= timedelta(hours=14) else None
+    return -offset if match[1] == "-" else offset
 
 
 # --- The header in Explicit VR Little Endian: PS3.5 section 7 -----------------------
@@ -493,44 +478,75 @@ def content_digest(path: Path) -> str:
 
 
 def convert_all(
-    tasks: Iterator[Task], jobs: int, do: Callable[[Task], Outcome] = convert
+    tasks: Sequence[Task], jobs: int, do: Callable[[Task], Outcome] = convert
 ) -> Generator[tuple[Task, Outcome], None, None]:
-    """Convert every file in worker processes; the outcomes come in the tasks' order."""
-    first = list(itertools.islice(tasks, jobs))
-    if not first:
+    """Convert every file in worker processes; the outcomes come in the tasks' order.
+
+    A worker that crashes or hangs costs the file that it had, and is replaced.
+    """
+    if not tasks:
         return
-    pending: deque[tuple[Task, ProcessFuture[Outcome]]] = deque()
-    with children_without_interrupts():
-        pool = ProcessPool(len(first), initializer=start_worker, context=_context())
-        pool.schedule(os.getpid)  # starts the processes and their threads
+    count, rest = min(jobs, len(tasks)), iter(tasks)
+    waiting: deque[tuple[Task, ProcessFuture[Outcome]]] = deque()
+    pool = start_pool(count)
     try:
-        for task in itertools.chain(first, tasks):
-            pending.append((task, pool.schedule(do, (task,))))
-            while pending[0][1].done() or len(pending) >= PENDING * len(first):
-                done, future = pending.popleft()
-                yield done, outcome_of(future, done.timeout_s)
-                if not pending:
-                    break
-        while pending:
-            done, future = pending.popleft()
-            yield done, outcome_of(future, done.timeout_s)
+        while True:
+            for task in itertools.islice(rest, PENDING * count - len(waiting)):
+                waiting.append((task, pool.schedule(do, (task,))))
+            if not waiting:
+                return
+            task, future = waiting.popleft()
+            try:
+                outcome = future.result()
+            except ProcessExpired as end:
+                reason = f"the decoder crashed on it (exit code {end.exitcode})"
+                if end.exitcode == 1:  # of faulthandler
+                    reason = f"it took more than {task.timeout_s:g} s and its share"
+                    reason = f"given up: {reason}"
+                outcome = Outcome(reason, may_pass=True)
+            yield task, outcome
     finally:
         pool.stop()  # type: ignore[no-untyped-call]
         pool.join()
 
 
-def outcome_of(future: "ProcessFuture[Outcome]", timeout_s: float) -> Outcome:
-    """Wait for a file; a worker that died on it has been replaced."""
-    while True:
-        try:
-            return future.result(timeout=0.5)  # else Windows would not hear Ctrl-C
-        except ProcessExpired as end:
-            reason = f"the decoder crashed on it (exit code {end.exitcode})"
-            if end.exitcode == 1:  # of faulthandler
-                reason = f"given up: it took more than {timeout_s:g} s and its share"
-            return Outcome(reason, may_pass=True)
-        except TimeoutError:
-            continue
+def start_pool(count: int) -> ProcessPool:
+    """Workers that never hear Ctrl-C: ending them is their parent's business.
+
+    Where the system can fork, one process loads this program for all of them.
+    """
+    if sys.platform == "win32":
+        return ProcessPool(count, initializer=start_worker)
+    # Started by the other process, it would let interrupts through to all of them.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    environment = dict(os.environ)
+    # It would look in the current folder first, whose files may have any name.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.set_forkserver_preload([Path(__file__).stem])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    context: Any = multiprocessing.get_context("forkserver")
+    return ProcessPool(count, initializer=start_worker, context=context)
+
+
+def start_worker() -> None:
+    """What a worker does first. Its decoders may shout: nobody listens."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+
+    def end_with_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def give_up_after(timeout_s: float, size: float) -> None:
@@ -539,64 +555,16 @@ def give_up_after(timeout_s: float, size: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
-def start_worker() -> None:
-    """What a worker does first. Its decoders may shout: nobody listens."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(0)
-
-
-def _context() -> Any:
-    methods = multiprocessing.get_all_start_methods()
-    kind = "forkserver" if "forkserver" in methods else "spawn"
-    context: Any = multiprocessing.get_context(kind)
-    if kind == "forkserver":
-        context.set_forkserver_preload(HEAVY_IMPORTS)
-    return context
-
-
-@contextmanager
-def children_without_interrupts() -> Iterator[None]:
-    """Children born in here never hear Ctrl-C: ending them is their parent's business.
-
-    Also while they start, when Python would answer with a traceback.
-    """
-    if sys.platform == "win32":
-        import ctypes  # noqa: PLC0415 - nothing else needs it
-
-        ignore = ctypes.windll.kernel32.SetConsoleCtrlHandler  # is inherited
-        ignore(None, True)
-        try:
-            yield
-        finally:
-            ignore(None, False)
-        return
-    # Started by the first process, it would let interrupts through to its children.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # --- What was done before -----------------------------------------------------------
 
 
-class State:
-    """What phase 1 knows of sources, outputs and labelled files, kept in STATE.
+class Known:
+    """What the journal and the folders say of sources, outputs and labelled files.
 
     The journal has a record "source/PATH" per file of the input (its facts, and the
     name of its output, or the reason why there is none and the `knobs` under which that
-    reason holds) and "output/NAME" per output (identity, source, manifest record).
+    reason holds) and "output/NAME" per output (identity, source, manifest record, and
+    whether an older version wrote it).
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -604,360 +572,281 @@ class State:
         self.folder = cfg.folder("decompressed_dir")
         self.labelled_dir = cfg.folder("labelled_dir")
         self.counts: Counter[str] = Counter()
-        self._knobs = f"{config.PROGRAM_VERSION} {cfg.max_image_mb}"
-        self._journal = utils.Journal(self.folder / STATE, SAVE_SECONDS)
+        self.knobs = f"{config.PROGRAM_VERSION} {cfg.max_image_mb}"
+        self.journal = utils.Journal(self.folder / STATE, SAVE_SECONDS)
         self.outputs: dict[str, dict[str, Any]] = {}
-        for key, one in self._journal.items():
-            if key.startswith("output/") and {"identity", "source", "record"} <= {*one}:
-                self.outputs[key.removeprefix("output/")] = one
-        self._labelled: dict[str, list[Path]] = {}
-        self._labelled_names: set[str] = set()
-        self._rejected: set[str] = set()
-        self._settled: set[str] = set()
+        self.rejected: dict[str, dict[str, Any]] = {}
+        """Of this run, by source."""
+        self.places: dict[str, Path] = {}
+        """The file that holds the image of an output now; none where it is lost."""
+        self.files: dict[str, list[Path]] = {}
+        """Files that are there, labelled ones first, by their identity."""
         for path in self.folder.glob(TEMPORARY):  # what a killed run left unfinished
             utils.remove_file(path)
-        self._read_labelled()
+        for key, one in self.journal.items():
+            if key.startswith("output/") and {"identity", "source", "record"} <= {*one}:
+                self.outputs[key.removeprefix("output/")] = one
+        self._read_folders()
 
-    # What is there
-
-    def _read_labelled(self) -> None:
+    def _read_folders(self) -> None:
+        """Find the outputs: by name, or labelled as the only one of their identity."""
         for path in utils.find_files(self.labelled_dir, self._not_labelled):
             try:
-                identity = identity_of(path)
-            except FileNotFoundError:  # somebody is labelling
-                continue
+                self.files.setdefault(identity_of(path), []).append(path)
             except OSError as error:
                 self._not_labelled(path, f"can't be read: {error.strerror}")
-                continue
-            self._labelled.setdefault(identity, []).append(path)
-            self._labelled_names.add(path.name)
+        labelled = [path for paths in self.files.values() for path in paths]
+        self.labelled = {path.name: path for path in reversed(labelled)}
+        here = {path.name: path for path in self.folder.glob("*.dcm")}
+        count = Counter(one["identity"] for one in self.outputs.values())
+        for name, one in self.outputs.items():
+            found = [here.get(name), self.labelled.get(name)]
+            if count[one["identity"]] == 1:
+                found += self.files.get(one["identity"], ())
+            if place := next(filter(None, found), None):
+                self.places[name] = place
+        for name in sorted(here):  # also of an older version, or without a record
+            known = self.outputs.get(name)
+            identity = known["identity"] if known else identity_of(here[name])
+            self.files.setdefault(identity, []).append(here[name])
 
     def _not_labelled(self, path: Path, reason: str) -> None:
         """Images that are there unseen would be written a second time."""
-        if not os.path.islink(path):  # noqa: PTH114 - has no error of its own
+        if path.exists() and not path.is_symlink():  # else somebody is labelling
             raise PipelineError(f"{path}: {reason}: phase 1 must see what is labelled")
         log.warning("warning: %s: %s; it doesn't count as labelled", path, reason)
 
-    @cached_property
-    def _strangers(self) -> dict[str, list[Path]]:
-        """Outputs without a record, by identity: of an older version, or state lost."""
-        found: dict[str, list[Path]] = {}
-        for path in sorted(self.folder.glob("*.dcm")):
-            if path.name not in self.outputs:
-                found.setdefault(identity_of(path), []).append(path)
-        return found
-
-    @cached_property
-    def _of_identity(self) -> Counter[str]:
-        return Counter(one["identity"] for one in self.outputs.values())
+    def key(self, source: Path) -> str:
+        """What a file of the input is called in the journal and the lists."""
+        return source.as_posix().removeprefix(f"{self.source_dir.as_posix()}/")
 
     def is_done(self, source: Path, facts: Facts) -> bool:
         """Whether an unchanged file was settled before, and its output is there."""
-        key = self._key(source)
-        known = self._journal.get(f"source/{key}") or {}
-        if tuple(known.get("facts", ())) != facts:
+        key = self.key(source)
+        known = self.journal.get(f"source/{key}") or {}
+        if known.get("facts") != [*facts]:
             return False
-        if known.get("reason"):
-            if known["knobs"] != self._knobs:
-                return False
-            self._rejected.add(key)
-        elif not self._is_there(known.get("output", "")):
+        if known.get("reason") and known.get("knobs") == self.knobs:
+            self.rejected[key] = known
+        elif known.get("output") not in self.places:
             return False
-        self.counts["rejected" if known.get("reason") else "known"] += 1
+        self.counts["rejected" if key in self.rejected else "known"] += 1
         return True
 
-    def _is_there(self, name: str) -> bool:
-        """In f1_descomprimidos, or labelled: by name, or as the only one of its UID."""
-        if name not in self.outputs:
-            return False
-        identity = self.outputs[name]["identity"]
-        return (
-            os.path.exists(f"{self.folder}/{name}")  # noqa: PTH110 - 5 times as fast
-            or name in self._labelled_names
-            or name in self._settled
-            or (identity in self._labelled and self._of_identity[identity] == 1)
-        )
-
-    def _key(self, source: Path) -> str:
-        return source.relative_to(self.source_dir).as_posix()
-
-    # What happens
-
-    def reject(
-        self, source: Path, reason: str, facts: Facts = (-1, -1, -1), **more: Any
-    ) -> None:
+    def reject(self, source: Path, reason: str, **more: Any) -> None:
         """Record why a file has no output; without `knobs` it is tried again."""
         log.debug("%s: %s", clean(source), reason)
         self.counts["rejected"] += 1
-        key = self._key(source)
-        self._rejected.add(key)
-        more = {"knobs": "", "record": {}} | more
-        self._add(f"source/{key}", facts=[*facts], reason=clean(reason), **more)
+        key, default = self.key(source), {"facts": [-1] * 3, "knobs": "", "record": {}}
+        self.rejected[key] = default | {"reason": clean(reason)} | more
+        self.add(f"source/{key}", **self.rejected[key])
 
-    def _add(self, key: str, **record: Any) -> None:
-        if self._journal.get(key) != record:
-            self._journal.add({"key": key, **record})
+    def add(self, key: str, **record: Any) -> None:
+        """Keep a record, if it is news."""
+        if self.journal.get(key) != record:
+            self.journal.add({"key": key, **record})
 
-    def settle(self, task: Task, outcome: Outcome) -> None:
-        """Give a converted file its final name, unless its image is there already."""
-        if outcome.reason:
-            utils.remove_file(task.temporary)
+
+def identity_of(path: Path) -> str:
+    """What `Outcome.identity` was for a file that phase 1 wrote."""
+    with path.open("rb") as file:
+        head = file.read(1 << 12)
+    if head[128:132] != b"DICM":
+        return ""
+    at = head.find(b"\2\0\3\0UI", 132)
+    (length,) = struct.unpack_from("<H", head, at + 6) if at > 0 else (0,)
+    uid = clean(head[at + 8 : at + 8 + length].decode("latin-1").strip("\0 "))
+    return uid if at > 0 and uid else f"values:{values_digest(path)}"
+
+
+# --- The place of an image ----------------------------------------------------------
+
+
+def settle(known: Known, task: Task, outcome: Outcome) -> None:
+    """Give a converted file its final name, unless its image is there already."""
+    if outcome.reason:
+        utils.remove_file(task.temporary)
         if outcome.disk_failed:
             raise PipelineError(
-                f"{self.folder} can't be written: {outcome.reason}: free some space"
+                f"{known.folder} can't be written: {outcome.reason}: free some space"
                 " or choose another folder, then run the same command again"
             )
-        if outcome.reason:
-            knobs = "" if outcome.may_pass else self._knobs
-            self.reject(
-                *(task.source, outcome.reason, task.facts),
-                knobs=knobs,
-                record=outcome.record,
-            )
-            return
-        name, kind, old = self._place(task, outcome)
-        # The list says "complete": it goes before the first change.
-        utils.remove_file(self.folder / config.FILE_LIST)
-        if kind in ("written", "renamed"):
-            utils.replace_file(old, self.folder / name)
-        if old != task.temporary:
-            utils.remove_file(task.temporary)
-        self.counts[kind] += 1
-        self._settled.add(name)
-        if outcome.thumbnail:
-            self.thumbnail(name, outcome.thumbnail)
-        key = self._key(task.source)
-        if kind == "written" or name not in self.outputs:
-            self._of_identity[outcome.identity] += name not in self.outputs
-            self.outputs[name] = {
-                **{"identity": outcome.identity, "source": key},
-                **{"record": outcome.record, "adopted": kind == "renamed"},
-            }
-            self._add(f"output/{name}", **self.outputs[name])
-        self._add(f"source/{key}", facts=[*task.facts], output=name)
-
-    def _place(self, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
-        """Name of the image, what becomes of it, and the file that holds it now.
-
-        Of a labelled file, and of one that an older version wrote, stored values are
-        enough: a person may have edited its header, and headers were written otherwise.
-        """
-        new = task.temporary
-        for path in self._labelled.get(outcome.identity, ()):
-            if same_values(path, new):
-                return self._name_of_labelled(path, task, outcome), "labelled", path
-        taken, free = self._namesakes(outcome.name)
-        for path in taken:
-            if same_content(path, new):
-                return path.name, "duplicate", path
-        for path in self._strangers.get(outcome.identity, ()):
-            is_free = path.name not in self.outputs and path.exists()
-            if is_free and same_values(path, new):
-                return path.name if path in taken else free, "renamed", path
-        old = [one for one in taken if self.outputs.get(one.name, {}).get("adopted")]
-        known = next((one for one in old if same_values(one, new)), new)
-        if known != new:
-            return known.name, "duplicate", known
-        return free, "written", new
-
-    def _namesakes(self, name: str) -> tuple[list[Path], str]:
-        """Outputs that have this name, or it with a number; and one that is free."""
-        taken = []
-        stem = name.removesuffix(".dcm")
-        others = (f"{stem}_{count}.dcm" for count in itertools.count(2))
-        for one in itertools.chain([name], others):
-            path = self.folder / one
-            if path.exists():
-                taken.append(path)
-            elif one not in self._labelled_names:
-                return taken, one
-        raise AssertionError("unreachable: names never end")
-
-    def _name_of_labelled(self, path: Path, task: Task, outcome: Outcome) -> str:
-        """The output that was moved to `path`, and perhaps renamed."""
-        own = self._journal.get(f"source/{self._key(task.source)}") or {}
-        lost = [
-            name
-            for name, one in self.outputs.items()
-            if one["identity"] == outcome.identity and not (self.folder / name).exists()
-        ]
-        candidates = [path.name, own.get("output", ""), *lost]
-        return next((one for one in candidates if one in lost), path.name)
-
-    # The lists
-
-    def write_lists(self) -> None:
-        """Write manifiesto.csv and rechazados.csv, unless nothing has changed."""
-        gone = [name for name in self.outputs if not self._is_there(name)]
-        for name in gone:
-            del self.outputs[name]
-        if gone:
-            self._journal.add({"taken_back": [f"output/{name}" for name in gone]})
-        path = self.folder / config.REJECTED_LIST
-        write_if_changed(path, REJECTED_COLUMNS, self.rejected())
-        path = self.folder / config.FILE_LIST
-        if gone or self._settled or not path.exists():
-            write_if_changed(path, COLUMNS, self._manifest())
-
-    def rejected(self) -> Iterator[dict[str, str]]:
-        """Files of this run that have no output, and why."""
-        for key in sorted(self._rejected, key=os.fsencode):
-            known = self._journal.get(f"source/{key}") or {}
-            record = known.get("record", {})
-            yield {"source": shown_path(key), "reason": known["reason"], **record}
-
-    def _manifest(self) -> Iterator[dict[str, object]]:
-        copies: dict[str, list[str]] = {}
-        for key, one in sorted(self._journal.items()):
-            if key.startswith("source/") and one.get("output"):
-                copies.setdefault(one["output"], []).append(key.removeprefix("source/"))
-        shared = Counter(one["identity"] for one in self.outputs.values())
-        for order, (name, one) in enumerate(sorted(self.outputs.items(), key=rank), 1):
-            notes = [one["record"]["notes"]] if one["record"]["notes"] else []
-            notes += [
-                f"the same image as {shown_path(source)}"
-                for source in copies.get(name, ())
-                if source != one["source"]
-            ]
-            if shared[one["identity"]] > 1 and one["record"]["sop_instance_uid"]:
-                notes.append(SHARED_UID)
-            yield {
-                **{key: one["record"].get(key, "") for key in COLUMNS},
-                "order": order,
-                "source": shown_path(one["source"]),
-                "output": name,
-                "notes": "; ".join(notes),
-            }
-
-    # The page
-
-    def thumbnail(self, name: str, jpeg: bytes = b"") -> bytes:
-        """Keep the thumbnail of an output, or read it; made anew where it is gone."""
-        path = self.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
-        if jpeg or not path.exists():
-            if not jpeg:
-                dataset = utils.read_dicom(
-                    self._labelled_as(name) or self.folder / name
-                )
-                jpeg = utils.preview(utils.decode(dataset), dataset)
-            path.parent.mkdir(exist_ok=True)
-            fresh = self.folder / TEMPORARY.replace("*", "jpg")
-            fresh.write_bytes(jpeg)
-            utils.replace_file(fresh, path)
-        return path.read_bytes()
-
-    def _labelled_as(self, name: str) -> Path | None:
-        if (self.folder / name).exists():
-            return None
-        found = self._labelled.get(self.outputs[name]["identity"], [])
-        return min(found, key=lambda path: path.name != name, default=None)
-
-    def write_sheet(self) -> None:
-        """Write the page of all images, unless they and their classes are the same."""
-        path, tiles = self.folder / config.SHEET, list(self._tiles())
-        about = hashlib.sha256(repr((self._knobs, tiles)).encode()).hexdigest()
-        if path.exists() and self._journal.get("sheet") == {"about": about}:
-            return
-        pictures = dict[str, bytes]()
-        for tile in tiles:
-            with suppress(Exception):  # of an output that somebody has damaged
-                pictures[tile.name] = self.thumbnail(tile.name)
-        for start in range(0, len(tiles), utils.PAGE_TILES):
-            part = slice(start, start + utils.PAGE_TILES)
-            places = various([pictures.get(one.name) for one in tiles[part]])
-            both = zip(tiles[part], places, strict=True)
-            tiles[part] = [tile._replace(rank=place) for tile, place in both]
-        sheet = utils.Sheet(
-            title=str(self.folder),
-            folder=str(self.folder.resolve()),
-            tiles=tiles,
-            pictures=pictures,
-            classes=config.CLASS_NAMES,
-            sections=[utils.Section("", [utils.HOW_TO_MARK])],
-            orders=("in order of exposure", "various first"),
-        )
-        utils.page(path, sheet)
-        self._add("sheet", about=about)
-
-    def _tiles(self) -> Iterator[utils.Tile]:
-        """The images in the order of exposure, by day and detector."""
-        for row in self._manifest():
-            one = {key: str(value) for key, value in row.items()}
-            name, stamp = one["output"], one["timestamp"]
-            there = self._labelled_as(name)
-            day, time = "no date", ""
-            if stamp != NO_DATE:
-                day = f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}"
-                time = f"{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}"
-            size = f"{one['rows']} × {one['columns']}"
-            units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
-            shown = [form.format(one[key]) for key, form in units.items() if one[key]]
-            yield utils.Tile(
-                name=name,
-                picture=name,
-                file="" if there else name,
-                group=f"{day} · {one['detector'] or 'no detector named'}",
-                label=class_of(there, self.labelled_dir) if there else "",
-                lines=[
-                    " · ".join(filter(None, [time, *shown])),
-                    " · ".join(filter(None, [one["detector"], size])),
-                    "labelled" if there else "",
-                    one["notes"],
-                ],
-            )
-
-    # The summary
-
-    def warnings(self) -> Iterator[str]:
-        """What a person should know about the order and the images."""
-        records = [one["record"] for one in self.outputs.values()]
-        uids = Counter(filter(None, (one["sop_instance_uid"] for one in records)))
-        if shared := sum(count > 1 for count in uids.values()):
-            yield f"{SHARED_UID}, with another content: {shared} times, all were kept"
-        if undated := sum(one["timestamp"] == NO_DATE for one in records):
-            yield f"{undated} images have no date: they stand last"
-        moments = Counter(
-            (one["timestamp"], one["instance"], one["detector"])
-            for one in records
-            if one["timestamp"] != NO_DATE
-        )
-        if ties := sum(count for count in moments.values() if count > 1):
-            yield f"{ties} images share their moment with others: nothing orders them"
-        in_utc = sum(one["time_source"].endswith(IN_UTC) for one in records)
-        if 0 < in_utc < len(records) - undated:
-            local = len(records) - undated - in_utc
-            yield f"{in_utc} times are in UTC and {local} local: they can't be compared"
-        yield from intents(records)
-        yield from self._mixed_sources()
-
-    def _mixed_sources(self) -> Iterator[str]:
-        found: dict[str, set[str]] = {}
-        for one in sorted(self.outputs.values(), key=lambda one: one["source"]):
-            folder = shown_path(one["source"].rpartition("/")[0]) or "the input folder"
-            used = one["record"]["time_source"].removesuffix(IN_UTC) or "no date"
-            found.setdefault(folder, set()).add(used)
-        for folder, sources in found.items():
-            if len(sources) > 1:
-                names = " / ".join(sorted(sources))
-                yield f"{folder} was ordered by different attributes: {names}"
+        knobs = "" if outcome.may_pass else known.knobs
+        more = {"facts": [*task.facts], "knobs": knobs, "record": outcome.record}
+        known.reject(task.source, outcome.reason, **more)
+        return
+    kind, name, held = place(known, task, outcome)
+    # The list says "complete": it goes before the first change.
+    utils.remove_file(known.folder / config.FILE_LIST)
+    files = known.files.setdefault(outcome.identity, [])
+    known.places[name] = held
+    if kind in ("written", "renamed"):
+        known.places[name] = known.folder / name
+        utils.replace_file(held, known.places[name])
+        files[:] = [*(path for path in files if path != held), known.places[name]]
+    utils.remove_file(task.temporary)
+    known.counts[kind] += 1
+    if outcome.thumbnail:
+        thumbnail(known, name, outcome.thumbnail)
+    key = known.key(task.source)
+    if kind == "written" or name not in known.outputs:
+        known.outputs[name] = {
+            **{"identity": outcome.identity, "source": key},
+            **{"record": outcome.record, "adopted": kind == "renamed"},
+        }
+        known.add(f"output/{name}", **known.outputs[name])
+    known.add(f"source/{key}", facts=[*task.facts], output=name)
 
 
-def rank(output: tuple[str, Mapping[str, Any]]) -> tuple[str, float, str]:
-    """Place of an output in the list: timestamp, InstanceNumber, name."""
-    name, one = output
-    number = utils.number(one["record"]["instance"])
-    return one["record"]["timestamp"], math.inf if number is None else number, name
+def place(known: Known, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
+    """What becomes of an image, its name, and the file that holds it now.
+
+    Of a labelled file, and of one that an older version wrote, stored values are
+    enough: a person may have edited its header, and headers were written otherwise.
+    """
+    stem = outcome.name.removesuffix(".dcm")
+    others = (f"{stem}_{count}.dcm" for count in itertools.count(2))
+    free = next(
+        name
+        for name in itertools.chain([outcome.name], others)
+        if name not in known.labelled and not (known.folder / name).exists()
+    )
+
+    for path in known.files.get(outcome.identity, ()):
+        is_labelled, record = path.parent != known.folder, known.outputs.get(path.name)
+        exact = record and not (is_labelled or record.get("adopted"))
+        is_same = same_content if exact else same_values
+        if not path.exists() or not is_same(path, task.temporary):
+            continue
+        if is_labelled:
+            return "labelled", name_of_labelled(known, path, task, outcome), path
+        if record:
+            return "duplicate", path.name, path
+        return "renamed", path.name if path.name.startswith(stem) else free, path
+    return "written", free, task.temporary
 
 
-def intents(records: Iterable[Mapping[str, str]]) -> Iterator[str]:
-    """Say where an exposure is there both raw and processed for a viewer."""
+def name_of_labelled(known: Known, path: Path, task: Task, outcome: Outcome) -> str:
+    """The output that was moved to `path`, and perhaps renamed."""
+    own = known.journal.get(f"source/{known.key(task.source)}") or {}
+    lost = [
+        name
+        for name, one in known.outputs.items()
+        if one["identity"] == outcome.identity and known.places.get(name, path) == path
+    ]
+    candidates = [path.name, own.get("output"), *lost]
+    return next((name for name in candidates if name in lost), path.name)
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Whether two files of ours hold the same dataset."""
+    sizes = path.stat().st_size, other.stat().st_size
+    return sizes[0] == sizes[1] and content_digest(path) == content_digest(other)
+
+
+def values_digest(path: Path) -> str:
+    """SHA-256 of the stored values of all frames; empty where there are none."""
+    try:
+        return utils.digest_of(utils.decode(utils.read_dicom(path)).values)
+    except Exception:  # each decoder raises errors of its own
+        return ""
+
+
+def same_values(path: Path, other: Path) -> bool:
+    """Whether two files hold the same stored values, whatever their headers say."""
+    return values_digest(path) == values_digest(other) != ""
+
+
+# --- The lists ----------------------------------------------------------------------
+
+
+def write_lists(known: Known) -> None:
+    """Write rechazados.csv and manifiesto.csv, unless nothing has changed."""
+    lost = [name for name in known.outputs if name not in known.places]
+    if lost:
+        utils.remove_file(known.folder / config.FILE_LIST)
+        known.journal.add({"taken_back": [f"output/{name}" for name in lost]})
+    for name in lost:
+        del known.outputs[name]
+    path = known.folder / config.REJECTED_LIST
+    utils.write_csv(path, REJECTED_COLUMNS, rejected(known))
+    path = known.folder / config.FILE_LIST
+    if not path.exists():
+        utils.write_csv(path, COLUMNS, manifest(known))
+
+
+def rejected(known: Known) -> Iterator[dict[str, str]]:
+    """Files of this run that have no output, and why."""
+    for key in sorted(known.rejected, key=os.fsencode):
+        one = known.rejected[key]
+        record = one.get("record") or {}
+        yield {"source": shown_path(key), "reason": one["reason"], **record}
+
+
+def manifest(known: Known) -> Iterator[dict[str, str]]:
+    """The images in the order of exposure: timestamp, InstanceNumber, name."""
+
+    def rank(name: str) -> tuple[str, float, str]:
+        record = known.outputs[name]["record"]
+        number = utils.number(record["instance"])
+        return record["timestamp"], math.inf if number is None else number, name
+
+    copies: dict[str, list[str]] = {}
+    for key, one in sorted(known.journal.items()):
+        if key.startswith("source/") and one.get("output"):
+            copies.setdefault(one["output"], []).append(key.removeprefix("source/"))
+    shared = Counter(one["identity"] for one in known.outputs.values())
+    for order, name in enumerate(sorted(known.outputs, key=rank), 1):
+        one = known.outputs[name]
+        record = one["record"]
+        others = (path for path in copies.get(name, ()) if path != one["source"])
+        notes = [f"the same image as {shown_path(path)}" for path in others]
+        if shared[one["identity"]] > 1 and record["sop_instance_uid"]:
+            notes.append(SHARED_UID)
+        yield {
+            **{key: record.get(key, "") for key in COLUMNS},
+            "order": str(order),
+            "source": shown_path(one["source"]),
+            "output": name,
+            "notes": "; ".join(filter(None, [record["notes"], *notes])),
+        }
+
+
+def shown_path(path: str) -> str:
+    """A relative path for a spreadsheet: printable, and never a formula."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def warnings(known: Known) -> Iterator[str]:
+    """What a person should know about the order and the images."""
+    records = [one["record"] for one in known.outputs.values()]
+    uids = Counter(filter(None, (one["sop_instance_uid"] for one in records)))
+    if shared := sum(count > 1 for count in uids.values()):
+        yield f"{SHARED_UID}, with another content: {shared} times, all were kept"
+    dated = [one for one in records if one["timestamp"] != NO_DATE]
+    if undated := len(records) - len(dated):
+        yield f"{undated} images have no date: they stand last"
+    moments = Counter(
+        (one["timestamp"], one["instance"], one["detector"]) for one in dated
+    )
+    if ties := sum(count for count in moments.values() if count > 1):
+        yield f"{ties} images share their moment with others: nothing orders them"
+    local = sum(not one["time_source"].endswith(IN_UTC) for one in dated)
+    if 0 < local < len(dated):
+        in_utc = len(dated) - local
+        yield f"{in_utc} times are in UTC and {local} local: they can't be compared"
+    sources = Counter(one["time_source"].removesuffix(IN_UTC) for one in dated)
+    if len(sources) > 1:
+        shown = ", ".join(f"{count} {name}" for name, count in sources.most_common())
+        yield f"the images were ordered by different attributes: {shown}"
     kinds: dict[tuple[str, str], Counter[str]] = {}
     for one in records:
         moment = kinds.setdefault((one["timestamp"], one["detector"]), Counter())
         moment[one["presentation_intent"]] += 1
     raw, shown = "FOR PROCESSING", "FOR PRESENTATION"
-    both = [one for one in kinds.values() if one[raw] and one[shown]]
-    if both:
+    if both := [one for one in kinds.values() if one[raw] and one[shown]]:
         counts = [sum(one[kind] for one in both) for kind in (raw, shown)]
         yield (
             f"{len(both)} exposures are there twice: {counts[0]} images {raw} and "
@@ -965,9 +854,83 @@ def intents(records: Iterable[Mapping[str, str]]) -> Iterator[str]:
         )
 
 
-def class_of(path: Path, labelled_dir: Path) -> str:
-    """The class folder that a labelled file lies in, at any depth."""
-    return "".join(path.relative_to(labelled_dir).parts[:-1][:1])
+# --- The contact sheet --------------------------------------------------------------
+
+
+def write_sheet(known: Known) -> None:
+    """Write the page of all images, unless they and their classes are the same."""
+    path, digest = known.folder / config.SHEET, hashlib.sha256(known.knobs.encode())
+    digest.update((known.folder / config.FILE_LIST).read_bytes())
+    digest.update(repr([class_of(known, name) for name in known.outputs]).encode())
+    about = {"about": digest.hexdigest()}
+    if path.exists() and known.journal.get("sheet") == about:
+        return
+    tiles = [tile(row, class_of(known, row["output"])) for row in manifest(known)]
+    pictures: dict[str, bytes] = {}
+    for one in tiles:
+        with suppress(Exception):  # of an output that somebody has damaged
+            pictures[one.name] = thumbnail(known, one.name)
+    places: list[int] = []
+    for start in range(0, len(tiles), utils.PAGE_TILES):
+        part = tiles[start : start + utils.PAGE_TILES]
+        places += various([pictures.get(one.name) for one in part])
+    sheet = utils.Sheet(
+        title=str(known.folder),
+        folder=str(known.folder.resolve()),
+        tiles=[one._replace(rank=at) for one, at in zip(tiles, places, strict=True)],
+        pictures=pictures,
+        classes=config.CLASS_NAMES,
+        sections=[utils.Section("", [utils.HOW_TO_MARK])],
+        orders=("in order of exposure", "various first"),
+    )
+    utils.page(path, sheet)
+    known.add("sheet", **about)
+
+
+def class_of(known: Known, name: str) -> str | None:
+    """The class folder in which an output lies, at any depth; None: in no folder."""
+    path = str(known.places[name])
+    if path == os.path.join(known.folder, name):  # noqa: PTH118 - 5 times as fast
+        return None
+    label, _, file = path.removeprefix(f"{known.labelled_dir}{os.sep}").partition(
+        os.sep
+    )
+    return label if file else ""
+
+
+def tile(row: Mapping[str, str], label: str | None) -> utils.Tile:
+    """One line of the manifest as an image of the sheet, under its day and detector."""
+    day, time = "no date", ""
+    if row["timestamp"] != NO_DATE:
+        moment = datetime.strptime(row["timestamp"], "%Y%m%dT%H%M%S.%f")
+        day, time = f"{moment:%Y-%m-%d}", f"{moment:%H:%M:%S}"
+    units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
+    shown = [form.format(row[key]) for key, form in units.items() if row[key]]
+    size = f"{row['rows']} × {row['columns']}"
+    return utils.Tile(
+        name=row["output"],
+        picture=row["output"],
+        file=row["output"] if label is None else "",
+        group=f"{day} · {row['detector'] or 'no detector named'}",
+        label=label or "",
+        lines=[
+            " · ".join(filter(None, [time, *shown])),
+            " · ".join(filter(None, [row["detector"], size])),
+            "" if label is None else "labelled",
+            row["notes"],
+        ],
+    )
+
+
+def thumbnail(known: Known, name: str, jpeg: bytes = b"") -> bytes:
+    """Keep the thumbnail of an output, or read it; made anew where it is gone."""
+    path = known.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
+    if jpeg or not path.exists():
+        if not jpeg:
+            dataset = utils.read_dicom(known.places[name])
+            jpeg = utils.preview(utils.decode(dataset), dataset)
+        utils.write_file(path, jpeg)
+    return jpeg or path.read_bytes()
 
 
 def various(thumbnails: Sequence[bytes | None]) -> list[int]:
@@ -991,56 +954,6 @@ def various(thumbnails: Sequence[bytes | None]) -> list[int]:
     return places
 
 
-def write_if_changed(
-    path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
-) -> None:
-    """Write a CSV file, or leave the one that is there as it is."""
-    fresh = path.with_name(TEMPORARY.replace("*", path.name))
-    utils.write_csv(fresh, columns, rows)
-    if path.exists() and filecmp.cmp(path, fresh, shallow=False):
-        utils.remove_file(fresh)
-    else:
-        utils.replace_file(fresh, path)
-
-
-def identity_of(path: Path) -> str:
-    """What `Outcome.identity` was for a file that phase 1 wrote."""
-    with path.open("rb") as file:
-        head = file.read(1 << 12)
-    if head[128:132] != b"DICM":
-        return ""
-    at = head.find(b"\2\0\3\0UI", 132)
-    (length,) = struct.unpack_from("<H", head, at + 6) if at > 0 else (0,)
-    uid = clean(head[at + 8 : at + 8 + length].decode("latin-1").strip("\0 "))
-    return uid if at > 0 and uid else f"values:{values_digest(path)}"
-
-
-def same_content(path: Path, other: Path) -> bool:
-    """Whether two files of ours hold the same dataset."""
-    sizes = path.stat().st_size, other.stat().st_size
-    return sizes[0] == sizes[1] and content_digest(path) == content_digest(other)
-
-
-def values_digest(path: Path) -> str:
-    """SHA-256 of the stored values of all frames; empty where there are none."""
-    try:
-        return utils.digest_of(utils.decode(utils.read_dicom(path)).values)
-    except Exception:  # each decoder raises errors of its own
-        return ""
-
-
-def same_values(path: Path, other: Path) -> bool:
-    """Whether two files hold the same stored values, whatever their headers say."""
-    return values_digest(path) == values_digest(other) != ""
-
-
-def shown_path(path: str) -> str:
-    """A relative path for a spreadsheet: printable, and never a formula."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-    return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
 # --- Labels from a saved page -------------------------------------------------------
 
 
@@ -1050,24 +963,18 @@ def place_labels(cfg: Config) -> int:
     A file of phase 1's is moved, one with an absolute path copied. What is not clear
     stays where it is, and is listed.
     """
-    folder = cfg.folder("decompressed_dir")
-    held = f"another phase 1 is at work in {folder}: wait for it to end"
-    if not folder.is_dir():
-        raise PipelineError(f"{folder} is missing: run phase 1 without --labels first")
     rows = [row for path in cfg.labels for row in read_labels(path)]
     lines = Counter(file for file, _ in rows)
-    done: Counter[str] = Counter()
-    with utils.lock(folder / LOCK, held):
-        labels = Labels(cfg)
-        for file, label in dict.fromkeys(rows):
-            try:
-                if lines[file] > 1:
-                    raise RejectedError(f"stands in {lines[file]} lines")
-                print(labels.place(file, label))
-                done[label] += 1
-            except RejectedError as error:
-                done[""] += 1
-                log.warning("left: %s, %s: %s", clean(file), clean(label), error)
+    labels, done = Labels(cfg), Counter[str]()
+    for file, label in dict.fromkeys(rows):
+        try:
+            if lines[file] > 1:
+                raise RejectedError(f"stands in {lines[file]} lines")
+            print(labels.place(file, label))
+            done[label] += 1
+        except RejectedError as error:
+            done[""] += 1
+            log.warning("left: %s, %s: %s", clean(file), clean(label), error)
     placed = ", ".join(f"{name} {count}" for name, count in done.items() if name)
     print(f"{'would be ' * cfg.dry_run}labelled: {placed or 'nothing'}")
     if done[""]:
@@ -1085,80 +992,23 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
         raise PipelineError(
             f"{path} is not a list that a page saved: its first line must be file,class"
         )
-    # The page keeps a spreadsheet from taking a text for a formula.
-    texts = [
-        [re.sub("^'(?=[=+@'-])", "", row[k] or "") for k in ("file", "class")]
-        for row in rows
-    ]
-    return [(file, label) for file, label in texts]
+
+    def plain(text: str | None) -> str:  # the page keeps it from being a formula
+        return re.sub("^'(?=[=+@'-])", "", text or "")
+
+    return [(plain(row["file"]), plain(row["class"])) for row in rows]
 
 
 class Labels:
     """Moves and copies into the class folders."""
 
     def __init__(self, cfg: Config) -> None:
-        self._cfg, self._state = cfg, State(cfg)
-        self._folder = cfg.folder("labelled_dir")
+        self._cfg, self._folder = cfg, cfg.folder("labelled_dir")
+        self._journal = utils.Journal(cfg.folder("decompressed_dir") / STATE)
         there = self._folder.iterdir() if self._folder.is_dir() else ()
-        self._classes = {path.name for path in there if path.is_dir()}
+        names = {path.name for path in there if path.is_dir()}
+        self._classes = {name for name in names if not name.startswith(".")}
         self._targets: set[Path] = set()
-
-    def place(self, file: str, label: str) -> str:
-        """Move or copy one file; what was done, or RejectedError why nothing was."""
-        ours = file in self._state.outputs
-        source = self._state.folder / file if ours else Path(file)
-        target = self._folder / label / source.name
-        self._check(file, source, label)
-        image_id = "" if ours else self._new_image(source, label)
-        if target.exists() or target in self._targets:
-            raise RejectedError(f"{target} is there already")
-        self._targets.add(target)
-        self._classes.add(label)
-        where = f"{clean(file)} to {label}"
-        if self._cfg.dry_run:
-            return f"would {'move' if ours else 'copy'} {where}"
-        try:
-            if ours:
-                self._move(source, target)
-            else:
-                self._copy(source, target)
-                self._ids[image_id] = target
-                self._confirm(image_id, label)
-        except OSError as error:
-            raise RejectedError(
-                f"{target} can't be written: {error.strerror}"
-            ) from None
-        return f"{'moved' if ours else 'copied'} {where}"
-
-    def _check(self, file: str, source: Path, label: str) -> None:
-        others = [one for one in self._classes if not one.startswith(".")]
-        problem = self._bad_name(label) or utils.class_name_problem([*others, label])
-        if problem:
-            raise RejectedError(problem)
-        if file not in self._state.outputs and not source.is_absolute():
-            raise RejectedError("is neither a file of phase 1's nor an absolute path")
-        if not source.is_file():
-            raise RejectedError("is not there")
-
-    @staticmethod
-    def _bad_name(name: str) -> str:
-        bad = not name.strip() or re.search(r'^[.\s]|[\\/:*?"<>|]|[.\s]$', name)
-        return f"{name!r} can't be the name of a class folder" if bad else ""
-
-    @staticmethod
-    def _copy(source: Path, target: Path) -> None:
-        with utils.atomic_write(target) as copy, source.open("rb") as original:
-            shutil.copyfileobj(original, copy)
-
-    def _move(self, source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            source.rename(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self._copy(source, target)  # to another disk
-            utils.remove_file(source)
 
     @cached_property
     def _ids(self) -> dict[str, Path]:
@@ -1169,18 +1019,45 @@ class Labels:
                 found[utils.prepare_image(path).image_id] = path
         return found
 
+    def place(self, file: str, label: str) -> str:
+        """Move or copy one file; what was done, or RejectedError why nothing was."""
+        if not label.strip() or re.search(r'^[.\s]|[\\/:*?"<>|]|[.\s]$', label):
+            raise RejectedError(f"{label!r} can't be the name of a class folder")
+        if problem := utils.class_name_problem([*self._classes, label]):
+            raise RejectedError(problem)
+        ours = self._journal.get(f"output/{file}") is not None
+        source = self._cfg.folder("decompressed_dir") / file if ours else Path(file)
+        if not ours and not source.is_absolute():
+            raise RejectedError("is neither a file of phase 1's nor an absolute path")
+        if not source.is_file():
+            raise RejectedError("is not there")
+        image_id = "" if ours else self._new_image(source, label)
+        target = self._folder / label / source.name
+        if target.exists() or target in self._targets:
+            raise RejectedError(f"{target} is there already")
+        self._targets.add(target)
+        self._classes.add(label)
+        if self._cfg.dry_run:
+            return f"would {'move' if ours else 'copy'} {clean(file)} to {label}"
+        bring(source, target, move=ours)
+        if image_id:
+            self._ids[image_id] = target
+            self._confirm(image_id, label)
+        return f"{'moved' if ours else 'copied'} {clean(file)} to {label}"
+
     def _new_image(self, source: Path, label: str) -> str:
         """Id of an image that phase 4 showed, if it is not labelled yet."""
         image_id = utils.prepare_image(source).image_id
-        there = self._ids.get(image_id)
-        if there is None:
-            return image_id
-        if there.relative_to(self._folder).parts[0] == label and not self._cfg.dry_run:
-            self._confirm(image_id, label)
-        raise RejectedError(f"{there} holds the same pixels")
+        if there := self._ids.get(image_id):
+            if there.relative_to(self._folder).parts[0] == label:
+                self._confirm(image_id, label)
+            raise RejectedError(f"{there} holds the same pixels")
+        return image_id
 
     def _confirm(self, image_id: str, label: str) -> None:
         """Keep for phase 2 that a person gave this class, whatever phase 4 said."""
+        if self._cfg.dry_run:
+            return
         journals = self._cfg.folder("dataset_dir") / config.JOURNAL_DIR
         journals.mkdir(parents=True, exist_ok=True)
         path = journals / f"{image_id}.jsonl"
@@ -1188,132 +1065,118 @@ class Labels:
         journal.add({"key": "confirmed", "class": label})
 
 
+def bring(source: Path, target: Path, move: bool) -> None:
+    """Copy a file to a new place, or move it there, also to another disk."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if move and source.stat().st_dev == target.parent.stat().st_dev:
+            source.rename(target)
+            return
+        with utils.atomic_write(target) as copy, source.open("rb") as original:
+            shutil.copyfileobj(original, copy)
+        if move:
+            utils.remove_file(source)
+    except OSError as error:
+        raise RejectedError(f"{target} can't be written: {error.strerror}") from None
+
+
 # --- The phase ----------------------------------------------------------------------
 
 
 def run(cfg: Config) -> int:
+    """Decompress, or place what is labelled, as the only one; returns the exit code."""
+    folder = cfg.folder("decompressed_dir")
+    if not cfg.labels:
+        check_folders(cfg)
+    elif not folder.is_dir():
+        raise PipelineError(f"{folder} is missing: run phase 1 without --labels first")
+    held = f"another phase 1 is at work in {folder}: wait for it to end"
+    with utils.lock(folder / LOCK, held):
+        return place_labels(cfg) if cfg.labels else decompress(cfg)
+
+
+def decompress(cfg: Config) -> int:
     """Decompress what is new below the input folder; returns the exit code."""
-    if cfg.labels:
-        return place_labels(cfg)
+    gc.disable()  # it would walk the records of 100,000 files again and again
+    known = Known(cfg)
+    gc.freeze()
+    gc.enable()
+    tasks = new_tasks(known, cfg)
+    outcomes = convert_all(tasks, cfg.jobs or os.cpu_count() or 1)
+    bar = {"total": len(tasks), "unit": " files", "leave": False}
+    with closing(outcomes):  # None: no bar where stderr is no terminal
+        for task, outcome in tqdm(outcomes, **bar, disable=cfg.quiet or None):
+            settle(known, task, outcome)
+    if not known.counts:
+        raise PipelineError(f"{known.source_dir} is empty: put DICOM files into it")
+    write_lists(known)
+    write_sheet(known)
+    report(known)
+    return utils.EXIT_SOME_FAILED if known.counts["rejected"] else utils.EXIT_DONE
+
+
+def check_folders(cfg: Config) -> None:
+    """Make what is missing; refuse a missing input, and an output inside it."""
     if cfg.dry_run:
         raise PipelineError("--dry-run shows what --labels would do: name the lists")
     source_dir, folder = cfg.folder("input_dir"), cfg.folder("decompressed_dir")
-    check_folders(source_dir, folder)
-    make_folders(cfg)
-    held = f"another phase 1 is at work in {folder}: wait for it to end"
-    with utils.lock(folder / LOCK, held):
-        state = State(cfg)
-        files = list(utils.find_files(source_dir, state.reject))
-        jobs = cfg.jobs or os.cpu_count() or 1
-        with progress(len(files), cfg.quiet) as tell:
-            outcomes = convert_all(new_tasks(files, state, cfg, tell), jobs)
-            with closing(outcomes):
-                for task, outcome in outcomes:
-                    state.settle(task, outcome)
-                    tell()
-        if not state.counts:
-            raise PipelineError(f"{source_dir} is empty: put DICOM files into it")
-        state.write_lists()
-        state.write_sheet()
-        report(state)
-    return utils.EXIT_SOME_FAILED if state.counts["rejected"] else utils.EXIT_DONE
-
-
-def check_folders(source_dir: Path, folder: Path) -> None:
-    """Refuse a missing input, and an output that would become input."""
     if not source_dir.is_dir():
         raise PipelineError(f"{source_dir} is missing: put the DICOM files into it")
     real = os.path.realpath(folder)  # Path.resolve gives up on a loop of links
     if Path(real).is_relative_to(os.path.realpath(source_dir)):
         raise PipelineError(f"{folder} lies in {source_dir}: choose another folder")
-
-
-def make_folders(cfg: Config) -> None:
-    """Create what is missing."""
-    folder, labelled = cfg.folder("decompressed_dir"), cfg.folder("labelled_dir")
     folder.mkdir(parents=True, exist_ok=True)
+    labelled = cfg.folder("labelled_dir")
     if not labelled.exists():
         for name in config.CLASS_NAMES:
             (labelled / name).mkdir(parents=True)
 
 
-@contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal; elsewhere a line now and then. Call it per finished file."""
-    done, told = 0, time.monotonic()
-    disabled = True if quiet else None  # None: where stderr is no terminal
-    with tqdm(total=total, unit=" files", disable=disabled, leave=False) as bar:
-
-        def tell() -> None:
-            nonlocal done, told
-            done += 1
-            bar.update()
-            if bar.disable and time.monotonic() - told > TELL_SECONDS:
-                told = time.monotonic()
-                log.info("%d of %d files", done, total)
-
-        yield tell
-        if bar.disable and done:
-            log.info("%d of %d files", done, total)
-
-
-def new_tasks(
-    files: Iterable[Path], state: State, cfg: Config, tell: Callable[[], None]
-) -> Iterator[Task]:
+def new_tasks(known: Known, cfg: Config) -> list[Task]:
     """A task for every file that is not settled yet, in order of their names."""
-    for count, path in enumerate(files, 1):
-        facts = facts_of(path)
-        if state.is_done(path, facts):
-            tell()
-            continue
-        temporary = state.folder / TEMPORARY.replace("*", f"{os.getpid()}-{count}")
-        yield Task(path, temporary, cfg.max_image_mb, cfg.item_timeout_s, facts)
+    tasks: list[Task] = []
+    for path in utils.find_files(known.source_dir, known.reject):
+        facts = -1, -1, -1
+        with suppress(OSError):  # it has just gone
+            found = path.stat()
+            facts = found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        if not known.is_done(path, facts):
+            name = TEMPORARY.replace("*", f"{os.getpid()}-{len(tasks)}")
+            limits = cfg.max_image_mb, cfg.item_timeout_s
+            tasks.append(Task(path, known.folder / name, *limits, facts))
+    return tasks
 
 
-def facts_of(path: Path) -> Facts:
-    """By what a changed file is known, where it has not gone."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return -1, -1, -1
-    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-
-
-def report(state: State) -> None:
+def report(known: Known) -> None:
     """Print what was done and what to do next."""
-    counts, file_list = state.counts, state.folder / config.FILE_LIST
-    print(f"{counts.total()} files in {state.source_dir}:")
+    counts, folder = known.counts, known.folder
+    print(f"{counts.total()} files in {known.source_dir}:")
     lines = {
-        "written": f"images written to {state.folder} now",
+        "written": f"images written to {folder} now",
         "known": "images were there before, here or labelled",
-        "labelled": f"images found in {state.labelled_dir}, not written again",
+        "labelled": f"images found in {known.labelled_dir}, not written again",
         "renamed": "images of an older version, kept under today's names",
         "duplicate": "files hold an image that is there already",
-        "rejected": f"files left out: see {state.folder / config.REJECTED_LIST}",
+        "rejected": f"files left out: see {folder / config.REJECTED_LIST}",
     }
     for key, text in lines.items():
         if counts[key]:
             print(f"  {counts[key]:6d} {text}")
-    rejected = (f"{line['source']}: {line['reason']}" for line in state.rejected())
-    warn_of("left out", rejected)
-    warn_of("warning", state.warnings())
-    kinds = Counter(one["record"]["modality"] for one in state.outputs.values())
+    left_out = [f"{one['source']}: {one['reason']}" for one in rejected(known)]
+    for what, told in ("left out", left_out), ("warning", list(warnings(known))):
+        for line in told[:MAX_WARNINGS]:
+            log.warning("%s: %s", what, line)
+        if more := len(told[MAX_WARNINGS:]):
+            log.warning("%s: %d more", what, more)
+    kinds = Counter(one["record"]["modality"] for one in known.outputs.values())
     shown = ", ".join(f"{count} {name or '?'}" for name, count in kinds.most_common())
+    file_list = folder / config.FILE_LIST
     print(f"In order of exposure: {file_list} ({shown or 'none'})")
     print(
-        f"Next: open {state.folder / config.SHEET} in a browser and give classes, or"
-        f" move the files into {state.labelled_dir}/<CLASS>/, and run"
+        f"Next: open {folder / config.SHEET} in a browser and give classes, or"
+        f" move the files into {known.labelled_dir}/<CLASS>/, and run"
         " python fase2_generar_vectores_vlm.py"
     )
-
-
-def warn_of(what: str, lines: Iterable[str]) -> None:
-    """Log the first lines, and how many more there are."""
-    rest = iter(lines)
-    for line in itertools.islice(rest, MAX_WARNINGS):
-        log.warning("%s: %s", what, line)
-    if more := sum(1 for _ in rest):
-        log.warning("%s: %d more", what, more)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,11 +18,10 @@ import math
 import os
 import random
 import re
+import secrets
 import signal
-import stat
 import struct
 import sys
-import tempfile
 import time
 import unicodedata
 import warnings
@@ -53,7 +52,7 @@ from itertools import zip_longest
 from pathlib import Path
 from socket import gethostname
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import filelock
@@ -213,10 +212,12 @@ def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
 # --- Files --------------------------------------------------------------------------
 # Owns finding, writing, locking and the journal. Never changes a file of the user's.
 
-_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-_OWN_LISTS = re.compile(
-    r"manifiesto\.csv|rechazados\.csv|etiquetas.*\.csv|vista_previa.*\.html"
+_OF_NO_INTEREST = re.compile(
+    r"\..*|manifiesto\.csv|rechazados\.csv|etiquetas.*\.csv|vista_previa.*\.html"
+    r"|(?i:thumbs\.db|desktop\.ini)",
+    re.DOTALL,
 )
+"""Hidden files, the program's own lists and pages, and what Windows leaves behind."""
 
 
 def find_files(
@@ -248,9 +249,9 @@ def find_files(
                 subfolders.remove(name)
                 tell(Path(folder, name), "a link to a folder: links are not followed")
         for name in sorted(names):
-            path = Path(folder, name)
-            if _is_of_no_interest(path):
+            if _OF_NO_INTEREST.fullmatch(name):
                 continue
+            path = Path(folder, name)
             if problem := _why_no_file(path):
                 tell(path, problem)
             else:
@@ -262,17 +263,6 @@ def _is_link(path: str) -> bool:
     return os.path.islink(path) or (  # noqa: PTH114 - 10 times as fast
         sys.platform == "win32" and os.path.realpath(path) != os.path.abspath(path)  # noqa: PTH100
     )
-
-
-def _is_of_no_interest(path: Path) -> bool:
-    name = path.name
-    if name.startswith(".") or name.lower() in _SYSTEM_FILES:
-        return True
-    if sys.platform == "win32":
-        both = stat.FILE_ATTRIBUTE_HIDDEN | stat.FILE_ATTRIBUTE_SYSTEM
-        if path.lstat().st_file_attributes & both == both:
-            return True
-    return _OWN_LISTS.fullmatch(name) is not None
 
 
 def _why_no_file(path: Path) -> str:
@@ -316,37 +306,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     exception the temporary file goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=".", suffix=".tmp", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
-            yield cast(BinaryIO, file)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-            temporary.chmod(0o666 & ~_umask())
-            replace_file(temporary, path)
-        except BaseException as error:
-            file.close()
-            remove_file(temporary)
-            if isinstance(error, OSError) and error.filename == str(temporary):
-                error.filename, error.filename2 = str(path), None
-            raise
+        replace_file(temporary, path)
+    except BaseException as error:
+        remove_file(temporary)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
-def _umask() -> int:
-    """What new files are denied; tempfile makes its own for one user alone."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; one that holds this already is left as it is."""
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping as indented UTF-8 JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+    write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -371,16 +355,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def write_csv(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
 ) -> None:
-    """Write rows as UTF-8 CSV with BOM and a header line, atomically.
+    """Write rows as UTF-8 CSV with BOM and a header line, as `write_file` does.
 
     A name that is not UTF-8 keeps its bytes: `read_csv` gives it back as it was.
     """
-    with atomic_write(path) as file:
-        text = csv_text(file)
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
+    content = io.BytesIO()
+    writer = csv.DictWriter(csv_text(content), columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, content.getvalue())
 
 
 def csv_text(file: BinaryIO) -> io.TextIOWrapper:
@@ -1442,21 +1425,22 @@ def _padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
 
 
 def _window(
-    small: NDArray[np.float32], share: NDArray[np.floating[Any]]
+    small: NDArray[np.float32], share: NDArray[np.floating[Any]], step: int = 1
 ) -> NDArray[np.uint8]:
     """Grey levels 0 to 255: robust percentiles, never narrower than the noise asks.
 
     `share` tells how much of a pixel is image, 0 to 1; it is empty where there is no
     padding. Padding has no part in the window, and is drawn as what stands beside the
-    image.
+    image. The window is that of every `step`-th pixel of a row and a column.
     """
     inside = share > 0.99 if share.size else np.ones(small.shape, bool)
     inside = inside if inside.any() else share >= share.max()
-    content = small[inside]
+    seen, inside = small[::step, ::step], inside[::step, ::step]
+    content = seen[inside]
     low, high = np.percentile(content, config.WINDOW_PERCENTILES)
     if low == high:
         low, high = content.min(), content.max()
-    noise = _noise_sd(small, inside)
+    noise = _noise_sd(seen, inside)
     width = max(high - low, config.WINDOW_MIN_NOISE_SDS * noise, 1e-6)
     scaled = (small - (low + high) / 2) / width + 0.5
     grey = np.asarray(np.rint(np.clip(scaled, 0, 1) * 255), np.uint8)
@@ -3538,18 +3522,17 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     In the grey window of `prepare_image`, found on these pixels: nearly its picture.
     """
     frame = frame_of(pixels)
-    step = max(1, max(frame.shape[:2]) // 320)
+    step = math.ceil(max(frame.shape[:2]) / 320)
     frame = frame[::step, ::step]
+    fold = max(1, round(max(frame.shape[:2]) / 160))
     values, padding = _display_values(frame, dataset), _padding(frame, dataset)
-    height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
+    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
+    small, *share = (np.asarray(Image.fromarray(part).reduce(fold)) for part in parts)
+    grey = _window(small, share[0] if share else np.ones(0), step=2)
+    height, width = frame.shape[0] * _pixel_aspect(dataset), float(frame.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
-    small, *share = (
-        np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BOX))
-        for part in parts
-    )
-    return thumbnail(_window(small, share[0] if share else np.ones(0)))
+    return thumbnail(np.asarray(Image.fromarray(grey).resize(size)))
 
 
 def page(path: Path, sheet: Sheet) -> None:
@@ -3574,9 +3557,7 @@ def page(path: Path, sheet: Sheet) -> None:
         html = template.render(
             sheet=sheet, tiles=tiles, pictures=pictures, paths=paths, number=number
         ).encode("utf-8", "backslashreplace")
-        if not target.is_file() or target.read_bytes() != html:
-            with atomic_write(target) as file:
-                file.write(html)
+        write_file(target, html)
 
 
 _PAGE = r"""<!doctype html>

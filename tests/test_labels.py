@@ -4,14 +4,14 @@ import csv
 import io
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import phantoms
 import pytest
 from PIL import Image
+from test_fase1 import convert_here
 from test_page import Parsed
 
 import config
@@ -19,12 +19,27 @@ import fase1_descompresion as fase1
 import utils
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
+@pytest.fixture(autouse=True)
+def _no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_here(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder in which phase 1 has written two images of each class."""
-    counts = dict.fromkeys(phantoms.LABELS, 2)
-    phantoms.write_collection(tmp_path / "input_dicom", counts, 5)
-    assert phase1(tmp_path) == 0
+    base = tmp_path_factory.mktemp("written")
+    for label in phantoms.LABELS:
+        for seed in range(2):
+            path = base / "input_dicom" / f"{label}{seed}.dcm"
+            phantoms.write(phantoms.exposure(label, seed, side=256), path)
+    assert phase1(base) == 0
+    return base
+
+
+@pytest.fixture
+def base(tmp_path: Path, written: Path) -> Path:
+    """The same, to do with it what one likes."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -55,12 +70,6 @@ def labelled(base: Path) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file()
     )
-
-
-def converted_here(tasks: Iterable[Any], *_: object) -> Iterator[Any]:
-    """In this process, so that what a test changed is seen."""
-    for task in tasks:
-        yield task, fase1.convert(task)
 
 
 def sheet(base: Path) -> Parsed:
@@ -111,11 +120,14 @@ def test_a_lost_thumbnail_is_made_again_from_the_output(base: Path) -> None:
     assert len(after) == 7
 
 
-def test_a_run_without_news_writes_no_page(base: Path) -> None:
-    path = base / "f1_descomprimidos" / config.SHEET
-    before = path.stat().st_mtime_ns
+def test_a_run_without_news_makes_no_page(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert phase1(base) == 0
-    assert path.stat().st_mtime_ns == before
+    pages: list[Path] = []
+    monkeypatch.setattr(utils, "page", lambda path, _: pages.append(path))
+    assert phase1(base) == 0
+    assert not pages
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -164,7 +176,6 @@ def test_an_image_that_can_not_be_shown_is_written_all_the_same(
     )
     outcome = fase1.convert(fase1.Task(path, tmp_path / "out.tmp", 100))
     assert (outcome.reason, outcome.thumbnail) == ("", b"")
-    monkeypatch.setattr(fase1, "convert_all", converted_here)
     assert phase1(tmp_path) == 0
     assert names(tmp_path) == sheet(tmp_path).all("article", "data-file")
     assert sheet(tmp_path).all("img", "src") == []
