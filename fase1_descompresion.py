@@ -41,8 +41,10 @@ import shutil
 import struct
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -86,6 +88,8 @@ STATE, LOCK = ".fase1.jsonl", ".fase1.lock"
 
 TEMPORARY = ".fase1-*.tmp"
 SAVE_SECONDS = 1.0
+PLAIN_LINE_S = 15.0
+"""Where there is no terminal for a bar, a line comes at most so often."""
 MAX_WARNINGS = 10
 PATIENCE_MB = 16
 """So many decoded megabytes earn a file once more the time-out."""
@@ -497,6 +501,8 @@ def convert_all(
                 return
             task, future = waiting.popleft()
             try:
+                while wait({future}, timeout=0.5).not_done:
+                    pass  # in one long wait Windows does not hear Ctrl-C
                 outcome = future.result()
             except ProcessExpired as end:
                 reason = f"the decoder crashed on it (exit code {end.exitcode})"
@@ -516,7 +522,16 @@ def start_pool(count: int) -> ProcessPool:
     Where the system can fork, one process loads this program for all of them.
     """
     if sys.platform == "win32":
-        return ProcessPool(count, initializer=start_worker)
+        import ctypes  # noqa: PLC0415 - nothing else needs it
+
+        ignore = ctypes.windll.kernel32.SetConsoleCtrlHandler  # children inherit it
+        ignore(None, True)
+        try:
+            pool = ProcessPool(count, initializer=start_worker)
+            pool.schedule(os.getpid)  # starts the processes
+        finally:
+            ignore(None, False)
+        return pool
     # Started by the other process, it would let interrupts through to all of them.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -1103,10 +1118,17 @@ def decompress(cfg: Config) -> int:
     gc.enable()
     tasks = new_tasks(known, cfg)
     outcomes = convert_all(tasks, cfg.jobs or os.cpu_count() or 1)
-    bar = {"total": len(tasks), "unit": " files", "leave": False}
-    with closing(outcomes):  # None: no bar where stderr is no terminal
-        for task, outcome in tqdm(outcomes, **bar, disable=cfg.quiet or None):
+    hidden, told = cfg.quiet or None, time.monotonic()  # None: off a terminal
+    bar = tqdm(total=len(tasks), unit=" files", leave=False, disable=hidden)
+    with closing(outcomes), bar:
+        for done, (task, outcome) in enumerate(outcomes, 1):
             settle(known, task, outcome)
+            bar.update()
+            if bar.disable and (
+                done == len(tasks) or time.monotonic() - told > PLAIN_LINE_S
+            ):
+                told = time.monotonic()
+                log.info("%d of %d files", done, len(tasks))
     if not known.counts:
         raise PipelineError(f"{known.source_dir} is empty: put DICOM files into it")
     write_lists(known)

@@ -485,7 +485,13 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         # The shells of Windows leave wildcards to the program.
         matching = [] if path.exists() else sorted(glob.glob(str(path)))  # noqa: PTH207
         for one in [Path(name) for name in matching] or [path]:
-            found += utils.find_files(one, tell) if one.is_dir() else [one]
+            inside = utils.find_files(one, tell) if one.is_dir() else [one]
+            # Tables and pages of earlier runs may have any name.
+            found += [
+                file
+                for file in inside
+                if file == one or file.suffix.lower() not in (".csv", ".html")
+            ]
     if not found:
         raise PipelineError(f"{paths[0]} holds no file: name a DICOM file or a folder")
     return found

@@ -20,6 +20,7 @@ import random
 import re
 import secrets
 import signal
+import stat
 import struct
 import sys
 import time
@@ -213,7 +214,7 @@ def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
 # Owns finding, writing, locking and the journal. Never changes a file of the user's.
 
 _OF_NO_INTEREST = re.compile(
-    r"\..*|manifiesto\.csv|rechazados\.csv|etiquetas.*\.csv|vista_previa.*\.html"
+    r"\..*|(manifiesto|rechazados|etiquetas.*)\.csv|(vista_previa|informe).*\.html"
     r"|(?i:thumbs\.db|desktop\.ini)",
     re.DOTALL,
 )
@@ -249,13 +250,21 @@ def find_files(
                 subfolders.remove(name)
                 tell(Path(folder, name), "a link to a folder: links are not followed")
         for name in sorted(names):
-            if _OF_NO_INTEREST.fullmatch(name):
-                continue
             path = Path(folder, name)
+            if _OF_NO_INTEREST.fullmatch(name) or _is_of_windows(path):
+                continue
             if problem := _why_no_file(path):
                 tell(path, problem)
             else:
                 yield path
+
+
+def _is_of_windows(path: Path) -> bool:
+    """Hidden and of the system, as Windows marks what it leaves in folders."""
+    if sys.platform != "win32":
+        return False
+    both = stat.FILE_ATTRIBUTE_HIDDEN | stat.FILE_ATTRIBUTE_SYSTEM
+    return path.lstat().st_file_attributes & both == both
 
 
 def _is_link(path: str) -> bool:
@@ -3121,7 +3130,7 @@ _STATUS_REMEDIES = {
 
 def _remedy(error: BaseException) -> str:
     """What mends a failure for which no second try is worth while; else empty."""
-    if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__ or ''}":
+    if _is_untrusted(error):
         return "let SSL_CERT_FILE name the certificate of its authority"
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
 
@@ -3130,14 +3139,20 @@ def _plain(model: str | None) -> str:
     return str(model).removesuffix(":latest")
 
 
+def _is_untrusted(error: BaseException) -> bool:
+    """Whether nobody that is trusted has signed the server's certificate."""
+    return "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__ or ''}"
+
+
 def _short(error: BaseException) -> str:
     """An error in at most 200 characters of one line; the server nests JSON in JSON."""
     text = str(getattr(error, "error", error)) or type(error).__name__
     if isinstance(error, TimeoutError) or type(error).__name__.endswith("Timeout"):
         text = "no answer in time"
+    elif _is_untrusted(error):
+        text = "its certificate is not trusted"
     elif isinstance(error, ConnectionError):
-        untrusted = "CERTIFICATE" in str(error.__context__)
-        text = "its certificate is not trusted" if untrusted else "no connection"
+        text = "no connection"
     with suppress(ValueError, KeyError, TypeError):
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)

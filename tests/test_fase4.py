@@ -672,6 +672,13 @@ def test_a_list_is_never_written_over_an_image(
     assert "--csv would replace" in caplog.text
 
 
+def test_tables_and_pages_of_earlier_runs_are_no_images(tmp_path: Path) -> None:
+    for name in ("a.dcm", "first run.csv", "first run.HTML", "no_suffix"):
+        (tmp_path / name).write_bytes(b"")
+    found = fase4.find_images([tmp_path, tmp_path / "first run.csv"])
+    assert [path.name for path in found] == ["a.dcm", "no_suffix", "first run.csv"]
+
+
 def test_wildcards_that_no_shell_has_expanded_are_expanded(
     base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,8 @@ import utils
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-OTHERS = {"--help", "--quiet", "--ollama", "--nthreads", "--protocol"}
-"""Flags of argparse, pip, the demo and Dask."""
+OTHERS = {"--help", "--quiet", "--ollama", "--dist", "--protocol"}
+"""Flags of argparse, pip, pytest, the demo and Dask."""
 SMALL_BYTES = 150_000
 """A picture of the first screen is at most so large."""
 

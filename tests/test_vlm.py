@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import numpy as np
@@ -395,6 +398,18 @@ def test_a_server_that_stays_away_stops_the_run(
         describe(knobs(fake, "--wait", "0.1"), picture)
 
 
+def test_a_workstation_that_slept_has_not_waited(
+    fake: FakeOllama, picture: PreparedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def much_longer(_: float) -> None:
+        await asyncio.sleep(0.4)
+
+    longer = SimpleNamespace(**{**vars(asyncio), "sleep": much_longer})
+    monkeypatch.setattr(utils, "asyncio", longer)
+    fake.control(script=[("/api/chat", QUESTION.prompt, "refuse", 1.0)])
+    assert describe(knobs(fake, "--wait", "0.3"), picture).usable
+
+
 def test_a_replaced_model_is_noticed(fake: FakeOllama) -> None:
     async def work(server: VlmServer) -> None:
         await server.preflight()
@@ -570,6 +585,33 @@ def test_an_idle_slot_takes_questions_of_an_image_that_has_many_left(
 
 
 # --- Something else answers ---------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes no certificate")
+def test_a_certificate_that_nobody_has_signed_is_named(tmp_path: Path) -> None:
+    pem = str(tmp_path / "both.pem")
+    made = ["-newkey", "rsa:2048", "-subj", "/CN=localhost", "-keyout", pem]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-nodes", *made, "-out", f"{pem}.crt"],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(f"{pem}.crt", pem)
+
+    async def main() -> None:
+        def hang_up(_: object, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        server = await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=context)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            cfg = parse_config(2, "", server_flags(f"https://localhost:{port}"))[0]
+            async with utils.open_servers(cfg, print) as [one]:
+                await one.preflight()
+
+    with pytest.raises(PipelineError, match=r"certificate is not trusted.*SSL_CERT"):
+        utils.run_async(main())
 
 
 @pytest.mark.parametrize(
