@@ -1,7 +1,7 @@
 """Phase 4 against the stand-in's clock: how soon it asks, and how much.
 
 Trains a small model with the stand-in, then classifies new exposures while the stand-in
-takes the time of a GPU, and prints the medians of several runs:
+takes the time of a GPU, and prints:
 
 - start: seconds from the start of the process to its first request to the VLM;
 - added: with all ten questions an image, the time from the first to the last
@@ -31,7 +31,7 @@ import fase2_generar_vectores_vlm as fase2
 import fase3_entrenamiento_svc as fase3
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = 5
+RUNS = 3
 TRAINED_SIDE = 512
 
 
@@ -112,13 +112,11 @@ def main() -> None:
             )
         for kind in ("known", "unknown"):
             small = draw(base / "new", kind, 12, TRAINED_SIDE)
-            few = [measure(base, small, 1) for _ in range(RUNS)]
-            ten = [measure(base, small, 1, "--ask-all") for _ in range(RUNS)]
-            wall = [median(run.wall_s for run in runs) for runs in (few, ten)]
+            few, ten = measure(base, small, 1), measure(base, small, 1, "--ask-all")
             print(
-                f"{len(small)} {kind} images: {few[0].questions / len(small):.1f} "
-                f"questions an image, {wall[0]:.1f} s against {wall[1]:.1f} s with "
-                f"{ten[0].questions / len(small):.0f} (medians of {RUNS})",
+                f"{len(small)} {kind} images: {few.questions / len(small):.1f} "
+                f"questions an image, {few.wall_s:.1f} s against {ten.wall_s:.1f} s "
+                f"with {ten.questions / len(small):.0f} (one run each)",
                 flush=True,
             )
 
