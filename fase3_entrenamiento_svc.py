@@ -954,7 +954,9 @@ def check_headers(
     }
 
 
-def check_unseen(data: Dataset, candidate: Candidate) -> dict[str, Any]:
+def check_unseen(
+    data: Dataset, candidate: Candidate, accuracy: float
+) -> dict[str, Any]:
     """Accuracy on images of a detector, else a day, that was not trained on."""
     for name in ("detector", "day"):
         values = header_values(data.lines, name)
@@ -966,7 +968,8 @@ def check_unseen(data: Dataset, candidate: Candidate) -> dict[str, Any]:
         if splits := make_splits(data, groups, folds):
             found = grouped_estimate(right_by(data, splits, candidate), groups)
             words = (
-                f"right on a {name} not trained on, each of {found['groups']} held out"
+                f"right on a {name} not trained on, each of {found['groups']} held "
+                f"out; mixed: {accuracy:.2f}"
             )
             return found | {"held_out": name, "words": words}
     return {"words": "not measured: needs two detectors with every class, or days"}
@@ -1341,7 +1344,7 @@ def run(cfg: Config) -> int:
         prompts["class-specific"] = check_specific(data, judged)
     metrics["checks"] = prompts | {
         "header fields": check_headers(data, splits, accuracy),
-        "unseen": check_unseen(data, candidates[0]),
+        "unseen": check_unseen(data, candidates[0], accuracy),
         "time": check_time(data, splits, candidates[0]),
     }
 
