@@ -1268,7 +1268,6 @@ def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
         classes=names,
         sections=[
             *([read_first] if metrics["warnings"] else []),
-            utils.Section("How it was measured", [held_out]),
             *(
                 utils.Section(title, [*section_lines(metrics[section])])
                 for section, title in SECTIONS.items()
@@ -1277,7 +1276,7 @@ def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
             utils.Section("Figures", charts=charts(metrics)),
             utils.Section("Is the label right? The least probable ones stand first"),
         ],
-        foot=["This page shows training images. The model works without it."],
+        foot=[held_out, "This page shows training images. The model works without it."],
     )
 
 
