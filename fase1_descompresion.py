@@ -56,7 +56,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from PIL import Image
-from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filebase import DicomIO
@@ -265,7 +265,10 @@ def implicit_vr(tag: int, signed: bool) -> str:
     """VR of an element that has none written; UN is always right for private ones."""
     if tag >> 16 & 1:
         return "LO" if 0x10 <= tag & 0xFFFF <= 0xFF else "UN"
-    vr = dictionary_VR(tag) if dictionary_has_tag(tag) else "UN"
+    try:
+        vr = dictionary_VR(tag)  # it knows repeating groups, too
+    except KeyError:
+        return "UN"
     if vr == "US or SS":
         return "SS" if signed else "US"
     return vr.rsplit(" ", 1)[-1]
@@ -359,6 +362,7 @@ def convert(task: Task) -> Outcome:
 
 
 def _convert(task: Task, outcome: Outcome) -> None:
+    give_up_after(task.timeout_s, 0)  # a network share may hang
     give_up_after(task.timeout_s, task.source.stat().st_size)
     dataset = utils.read_dicom(task.source, task.limit_mb)
     elements, notes = raw_elements(dataset), dataset.notes
@@ -708,6 +712,7 @@ def settle(known: Known, task: Task, outcome: Outcome) -> None:
         known.outputs[name] = {
             **{"identity": outcome.identity, "source": key},
             **{"record": outcome.record, "adopted": kind == "renamed"},
+            "program": config.PROGRAM_VERSION,
         }
         known.add(f"output/{name}", **known.outputs[name])
     known.add(f"source/{key}", facts=[*task.facts], output=name)
@@ -729,7 +734,8 @@ def place(known: Known, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
 
     for path in known.files.get(outcome.identity, ()):
         is_labelled, record = path.parent != known.folder, known.outputs.get(path.name)
-        exact = record and not (is_labelled or record.get("adopted"))
+        is_old = record and record.get("program") != config.PROGRAM_VERSION
+        exact = record and not (is_labelled or is_old or record.get("adopted"))
         is_same = same_content if exact else same_values
         if not path.exists() or not is_same(path, task.temporary):
             continue
@@ -987,7 +993,7 @@ def place_labels(cfg: Config) -> int:
                 raise RejectedError(f"stands in {lines[file]} lines")
             print(labels.place(file, label))
             done[label] += 1
-        except RejectedError as error:
+        except (RejectedError, OSError) as error:  # a name may be too long
             done[""] += 1
             log.warning("left: %s, %s: %s", clean(file), clean(label), error)
     placed = ", ".join(f"{name} {count}" for name, count in done.items() if name)
@@ -1036,18 +1042,14 @@ class Labels:
 
     def place(self, file: str, label: str) -> str:
         """Move or copy one file; what was done, or RejectedError why nothing was."""
-        if not label.strip() or re.search(r'^[.\s]|[\\/:*?"<>|]|[.\s]$', label):
-            raise RejectedError(f"{label!r} can't be the name of a class folder")
-        if problem := utils.class_name_problem([*self._classes, label]):
-            raise RejectedError(problem)
-        ours = self._journal.get(f"output/{file}") is not None
-        source = self._cfg.folder("decompressed_dir") / file if ours else Path(file)
-        if not ours and not source.is_absolute():
-            raise RejectedError("is neither a file of phase 1's nor an absolute path")
-        if not source.is_file():
-            raise RejectedError("is not there")
-        image_id = "" if ours else self._new_image(source, label)
+        self._check_class(label)
+        source, ours = self._source(file)
         target = self._folder / label / source.name
+        if not source.is_file() and target.is_file():
+            raise RejectedError(f"is in {target.parent} already")
+        if not source.is_file():
+            raise RejectedError("is not there: run phase 1, for a page of what is")
+        image_id = "" if ours else self._new_image(source, label)
         if target.exists() or target in self._targets:
             raise RejectedError(f"{target} is there already")
         self._targets.add(target)
@@ -1059,6 +1061,25 @@ class Labels:
             self._ids[image_id] = target
             self._confirm(image_id, label)
         return f"{'moved' if ours else 'copied'} {clean(file)} to {label}"
+
+    def _check_class(self, label: str) -> None:
+        if not label.strip() or re.search(r'^[.\s]|[\\/:*?"<>|]|[.\s]$', label):
+            raise RejectedError(f"{label!r} can't be the name of a class folder")
+        if problem := utils.class_name_problem([*self._classes, label]):
+            raise RejectedError(problem)
+        if (self._folder / label).is_symlink():
+            raise RejectedError(f"{self._folder / label} is a link: no phase reads it")
+
+    def _source(self, file: str) -> tuple[Path, bool]:
+        """The file that a line means, and whether it is phase 1's."""
+        own, path = self._cfg.folder("decompressed_dir"), Path(file)
+        if path.is_absolute() and path.parent == own.resolve():
+            file = path.name  # a page of phase 4 showed it
+        if self._journal.get(f"output/{file}") is not None:
+            return own / file, True
+        if not path.is_absolute():
+            raise RejectedError("is neither a file of phase 1's nor an absolute path")
+        return path, False
 
     def _new_image(self, source: Path, label: str) -> str:
         """Id of an image that phase 4 showed, if it is not labelled yet."""

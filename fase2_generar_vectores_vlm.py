@@ -588,9 +588,6 @@ def summary(folder: Path, made: Mapping[str, Any], left_out: int) -> Iterator[st
 
 def run(cfg: Config) -> int:
     """Scan, ask, embed, write; 0 when every image is in the dataset, else 1."""
-    if cfg.sight_test_only:
-        utils.run_async(utils.only_sight(cfg, log.info, print))
-        return utils.EXIT_DONE
     folder, rejections = cfg.folder("dataset_dir"), Rejections()
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
@@ -608,13 +605,19 @@ def run(cfg: Config) -> int:
             print(*said)
             return utils.EXIT_DONE
         left = {image.image_id for image, _ in open_images(images, book, cfg)}
+        complete = [image for image in images if image.image_id not in left]
+        if cfg.finished_only and not complete:
+            raise PipelineError(
+                f"no image has all its {cfg.descriptions} descriptions: nothing is "
+                "changed; see --descriptions, or run without --finished-only"
+            )
         for image in (image for image in images if image.image_id in left):
             why = failures.get(image.image_id, "has not all its descriptions")
             rejections.add(image.path, why, failed=not cfg.finished_only)
         (folder / config.MANIFEST).unlink(missing_ok=True)
         listed = folder / config.REJECTED_LIST
         utils.write_csv(listed, ("file", "reason"), rejections.rows)
-        if not (complete := [image for image in images if image.image_id not in left]):
+        if not complete:
             raise PipelineError(f"no image has all its descriptions: see {listed}")
         made = write_dataset(complete, book, cfg)
         if cfg.finished_only:
@@ -634,6 +637,13 @@ def finished(
     if not {*names, "probe"} <= set(last):
         raise PipelineError(
             f"{journal} holds no answer yet: run without --finished-only"
+        )
+    asked = {"vlm": cfg.vlm, "embedder": cfg.embed_model}
+    if cfg.estimate or any(last.get(key, name) != name for key, name in asked.items()):
+        raise PipelineError(
+            f"the journal's last answers are by {last.get('vlm')} and "
+            f"{last.get('embedder')}: give these as --vlm and --embed-model, and no "
+            "--estimate, to write the dataset of what is finished"
         )
     images, probe = identify(paths, cfg, rejections), utils.unpack_vector(last["probe"])
     facts = ServerFacts(**{name: last[name] for name in names}, probe=probe)
@@ -669,12 +679,19 @@ async def interview(
         return images, book, failures, [*utils.work_done(servers)]
 
 
+def show_sight(cfg: Config) -> int:
+    """Run the sight test alone and print every distance."""
+    utils.run_async(utils.only_sight(cfg, log.info, print))
+    return utils.EXIT_DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: flags, logging, one line for what a user can mend."""
     cfg, _ = config.parse_config(2, __doc__ or "", argv)
     utils.start_logging(log, cfg)
     kept = "every answer so far is kept; the same command goes on with it"
-    return utils.exit_code(lambda: run(cfg), log.error, kept)
+    phase = show_sight if cfg.sight_test_only else run
+    return utils.exit_code(lambda: phase(cfg), log.error, kept)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ class Result:
     pixels: NDArray[np.float32] | None = None
     """(40,), `utils.picture_statistics`."""
     texts: list[str] = field(default_factory=list)
+    was_asked: bool = False
+    """In this run: what the journal had was confirmed before."""
     error: str = ""
     decision: Decision | None = None
 
@@ -246,9 +248,11 @@ class Inference:
             return decision
         asked = utils.questions("generic", cfg.inference_descriptions)
         answers = self.book.of(picture)
-        self.asked += any(answers.chosen(question) is None for question in asked)
         for stage in [s for s in model.stages if s < len(asked)] + [len(asked)]:
             some, turn.stays = asked[:stage], stage < len(asked)
+            if any(answers.chosen(question) is None for question in some):
+                self.asked += not result.was_asked
+                result.was_asked = True
             await utils.ask(picture, some, answers, turn)
             result.texts = answers.texts(some)
             limits = [s for s in model.stages if s >= stage] or model.stages[-1:]
@@ -282,7 +286,7 @@ class Inference:
         """The server does not see: of what waits stands only what was not asked."""
         waiting, self.shown = self.shown, []
         for result, found in waiting:
-            if result.texts:
+            if result.was_asked:
                 result.decision, result.error = None, "withdrawn: the sight test failed"
                 self.show(result)
             else:
@@ -497,13 +501,13 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def open_outputs(
-    cfg: Config, classes: Sequence[str], opened: AsyncExitStack
-) -> Iterator[Sink]:
-    """Refuse before the first question what would replace an image or can't be written.
+def check_outputs(cfg: Config) -> None:
+    """Refuse before anything else what would replace an image or can't be written.
 
     `--csv new/*.dcm` is a slip of the hand that a shell makes dangerous.
     """
+    if cfg.csv and cfg.html and cfg.csv.resolve() == cfg.html.resolve():
+        raise PipelineError(f"--csv and --html both name {cfg.csv}: name two files")
     for path, suffix in ((cfg.csv, ".csv"), (cfg.html, ".html")):
         if path and path.is_file() and path.suffix.lower() != suffix:
             raise PipelineError(
@@ -514,6 +518,12 @@ def open_outputs(
         cfg.copy_to.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cfg.copy_to):
             pass
+
+
+def open_outputs(
+    cfg: Config, classes: Sequence[str], opened: AsyncExitStack
+) -> Iterator[Sink]:
+    """Only when a question can be asked: earlier results stand until then."""
     if cfg.csv:
         yield table(cfg.csv, classes, opened)
     if cfg.html:
@@ -527,6 +537,7 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
         return utils.EXIT_DONE
     if not paths:
         raise PipelineError("no image is named: name DICOM files or folders")
+    check_outputs(cfg)
     files = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
     check_conditions(metrics, None, cfg)
@@ -541,7 +552,6 @@ async def classify(
     """Check that model and server fit, then work through the files."""
     folder, classes = cfg.folder("model_dir"), metrics["class_names"]
     async with AsyncExitStack() as opened:
-        sinks = list(open_outputs(cfg, classes, opened))
         named = await opened.enter_async_context(utils.open_servers(cfg, log.info))
         model = asyncio.create_task(
             asyncio.to_thread(utils.load_model, folder, metrics)
@@ -553,9 +563,21 @@ async def classify(
                 f"thresholds were chosen for {metrics['k']} descriptions an image, "
                 f"now {cfg.inference_descriptions}"
             )
+        if metrics.get("k_measured", metrics["k"]) < metrics["k"]:
+            warnings.append(
+                f"the thresholds were measured with {metrics['k_measured']} "
+                f"descriptions an image, all that training had"
+            )
+        stages = metrics["thresholds"]["stages"].values()
+        if all(min(each["confidence"].values()) >= utils.NEVER for each in stages):
+            warnings.append(
+                f'no confidence is safe in this model: every image is "'
+                f'{config.INCONCLUSIVE}" (see phase 3)'
+            )
         for warning in warnings if not cfg.json else ():
             print(f"warning: {warning}", flush=True)
         book = open_book(cfg, facts, opened)
+        sinks = list(open_outputs(cfg, classes, opened))
         if cfg.copy_to:
             sinks.append(partial(copy_into, cfg.copy_to, book))
         made_with = {
@@ -610,7 +632,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         4, __doc__ or "", argv, ("PATH", "files or folders")
     )
     utils.start_logging(log, cfg)
-    kept = "every answer so far is kept; the same command goes on with it"
+    kept = (
+        "every answer so far is kept, and the same command asks none again; rows, "
+        "tiles and copies that waited for a sight test are written then"
+    )
     return utils.exit_code(lambda: run(cfg, paths), log.error, kept)
 
 

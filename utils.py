@@ -676,7 +676,8 @@ def _walk(
             file.seek(at - 4)
             named, short = struct.unpack("<2sH", file.read(4))
             is_later = named.isalpha() and named.isupper() and not short
-            if named in BLANK_VRS or is_later:  # of a later edition, with 32 bits
+            is_unknown = named.isalpha() and named.isupper()
+            if named in BLANK_VRS or is_unknown:  # later editions have 32 bits
                 mended = b"UN\0\0" + (b"" if is_later else struct.pack("<L", short))
                 note = f"the unknown VR {named.decode()!r} became UN"
                 fault = at - 4, mended, note
@@ -1694,6 +1695,7 @@ class AnswerBook:
     ) -> None:
         self.folder, self.facts = folder, facts
         self.prefix, self.options = embed_prefix(cfg), vlm_options(cfg)
+        self._names = {"vlm": cfg.vlm, "embedder": cfg.embed_model}
         self.kept = 0
         """Answers of this run."""
         self.distrusted: PipelineError | None = None
@@ -1729,7 +1731,7 @@ class AnswerBook:
         if not engine:
             engine = _key(now)
             self.servers.add({"key": engine, **now})
-        now |= {"vlm_digest": facts.vlm_digest, "engine": engine}
+        now |= {"vlm_digest": facts.vlm_digest, "engine": engine, **self._names}
         if last != now:
             self.servers.add({"key": "last", **now})
         return engine
@@ -2790,16 +2792,22 @@ class VlmServer:
                     f"model {model} was removed from the server at {self.url}: run "
                     f"`ollama pull {model}`, then the same command again"
                 )
-            if digest != then:
+            if digest != then and model == self._cfg.vlm:
                 raise ModelChangedError(
                     f"model {model} was replaced on the server during the run; start "
                     "again: what the former model answered is kept apart"
+                )
+            if digest != then:
+                raise PipelineError(
+                    f"model {model} was replaced on the server during the run: run the "
+                    "same command again; it embeds every text anew and asks nothing"
                 )
         self.unchanged_at = now
         version = await self._call("say its version", self._ask_version)
         if version != self.version:
             self.tell(f"Ollama at {self.url} is {version} now, was {self.version}")
             self.version, self.changed = version, True
+            await self._check_embedder()
         with suppress(*_failures()):
             loaded = await self._loaded() if facts.gpu_share else {}
             share = loaded.get(_plain(self._cfg.vlm), facts.gpu_share)
@@ -2809,6 +2817,19 @@ class VlmServer:
                     f"{facts.gpu_share:.0%}: answers are slow; see the server's log"
                 )
                 self.facts = replace(facts, gpu_share=share)
+
+    async def _check_embedder(self) -> None:
+        """Raise PipelineError where the probe's embedding is not what it was."""
+        text, probe = embed_prefix(self._cfg) + config.PROBE_SENTENCE, None
+        with suppress(RejectedError):
+            [probe] = await self._embed([text])
+        if probe is None or cosine(probe, self.facts.probe) < SAME_EMBEDDING:
+            raise PipelineError(
+                f"{self._cfg.embed_model} on the server at {self.url} (Ollama "
+                f"{self.version}) gives other numbers than when the run began, or "
+                "none: see its log, then run the same command again; every answer is "
+                "kept"
+            )
 
     async def _ask_version(self) -> str:
         reply = await self.http.get("/api/version")
@@ -2945,6 +2966,8 @@ class VlmServer:
         for at, text in enumerate(texts) if len(texts) > 1 else ():
             if vectors[at] is None:
                 [vectors[at]] = await self.embed([text])
+        if len(texts) == 1 and vectors[0] is None:  # the text's fault, or its own?
+            await self._check_embedder()
         return vectors
 
     async def _embed(self, texts: Sequence[str], seconds: float = 0) -> Vectors:

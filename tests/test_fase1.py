@@ -260,6 +260,7 @@ def test_private_elements_and_sequences_are_kept(tmp_path: Path, name: str) -> N
     block = dataset.private_block(0x0011, "Example 1", create=True)
     block.add_new(0x01, "OB", b"\1\2\3\4")
     block.add_new(0x02, "LO", "text")
+    dataset.add_new(0x60020010, "US", 64)
     inner = Dataset()
     inner.CodeValue, inner.CodeMeaning = "1", "nested"
     outer = Dataset()
@@ -269,6 +270,7 @@ def test_private_elements_and_sequences_are_kept(tmp_path: Path, name: str) -> N
     convert(tmp_path / "x", tmp_path)
     output = read(tmp_path / "out.dcm")
     assert bytes(output[0x00111001].value) == b"\1\2\3\4"
+    assert (output[0x60020010].VR, output[0x60020010].value) == ("US", 64)
     nested = output.AnatomicRegionSequence[0].ViewCodeSequence[0]
     assert (nested.CodeMeaning, len(output.AnatomicRegionSequence)) == ("nested", 2)
 
@@ -289,7 +291,11 @@ def test_bytes_that_are_no_text_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vr", "form"), [(b"ZZ", "<HH2sHL"), (b"--", "<HH2sH"), (b"  ", "<HH2sH")]
+    ("vr", "form"),
+    [
+        *((b"ZZ", "<HH2sHL"), (b"ZZ", "<HH2sH")),
+        *((b"--", "<HH2sH"), (b"  ", "<HH2sH")),
+    ],
 )
 def test_the_value_of_an_unknown_vr_is_kept_with_a_note(
     tmp_path: Path, vr: bytes, form: str

@@ -642,10 +642,53 @@ def test_an_embedder_replaced_during_the_run_leaves_no_vector(
     fake: FakeOllama, labelled: LabelFolder
 ) -> None:
     base = labelled(per_class=1)
-    fake.control(script=[("/api/embed", 2, "digest")])
+    fake.control(script=[("/api/embed", 5, "digest")])  # after the preflight
     assert phase2(base, fake) == 2
-    journals = (folder_of(base) / config.JOURNAL_DIR).iterdir()
-    assert not any(b'"embedding"' in path.read_bytes() for path in journals)
+    journals = [*(folder_of(base) / config.JOURNAL_DIR).glob("?" * 64 + ".jsonl")]
+    assert journals
+    assert not any(b'"vector"' in path.read_bytes() for path in journals)
+    fake.control(script=[])
+    assert phase2(base, fake) == 0
+    assert chats(fake) <= 15 + 1  # the answers are the VLM's; one was in flight
+
+
+def test_an_update_that_embeds_otherwise_stops_the_run_before_it_mixes(
+    fake: FakeOllama,
+    labelled: LabelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base, answer, count = labelled(per_class=1), utils.VlmServer.answer, 0
+
+    async def update(server: utils.VlmServer, *asked: Any) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        if count == 8:
+            fake.control(version="0.99.0", other_engine=True)
+        return await answer(server, *asked)
+
+    monkeypatch.setattr(utils.VlmServer, "answer", update)
+    assert phase2(base, fake) == 2
+    assert "demo-embed" in caplog.text
+    assert "gives other numbers than when the run began" in caplog.text
+    assert phase2(base, fake) == 0
+    made = dataset_bytes(base)
+    assert phase2(base, fake) == 0
+    assert dataset_bytes(base) == made
+    assert chats(fake) == 15
+
+
+def test_an_embedder_that_falls_ill_costs_no_answer(
+    fake: FakeOllama, labelled: LabelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = labelled(per_class=1)
+    ill = {"endpoint": "/api/embed", "when": 6, "times": 999, "fault": "embed_nan"}
+    fake.control(script=[ill])
+    assert phase2(base, fake) == 2
+    assert "gives other numbers than when the run began, or none" in caplog.text
+    fake.control(script=[])
+    assert phase2(base, fake) == 0
+    assert chats(fake) == 15
 
 
 # --- Bad input ----------------------------------------------------------------------
@@ -1098,6 +1141,9 @@ def test_the_finished_images_alone_make_a_dataset_without_a_server(
     assert fase2.main([*flags, "--finished-only"]) == 0
     assert fake.stats()["requests"] == asked
     made = manifest_of(base)
+    for wrong in (["--vlm", "other"], ["--descriptions", "9"], ["--estimate"]):
+        assert fase2.main([*flags, "--finished-only", *wrong]) == 2
+        assert manifest_of(base) == made
     assert made["finished_only"] == {"images": 3, "labelled": 4}
     assert made["counts"]["images"] == 3
 

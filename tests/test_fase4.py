@@ -672,6 +672,25 @@ def test_a_list_is_never_written_over_an_image(
     assert "--csv would replace" in caplog.text
 
 
+def test_a_run_that_can_not_start_leaves_earlier_results(
+    base: Path, server: FakeOllama, new: Path, tmp_path: Path
+) -> None:
+    for name in ("a.csv", "a.html"):
+        (tmp_path / name).write_text("of the last run")
+    outputs = ["--csv", tmp_path / "a.csv", "--html", tmp_path / "a.html"]
+    assert phase4(base, server, *outputs, "--host", "http://127.0.0.1:9", new) == 2
+    assert (tmp_path / "a.csv").read_text() == "of the last run"
+    assert (tmp_path / "a.html").read_text() == "of the last run"
+
+
+def test_a_table_and_a_page_are_two_files(
+    base: Path, server: FakeOllama, new: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.csv"
+    assert phase4(base, server, "--csv", both, "--html", both, new) == 2
+    assert not both.exists()
+
+
 def test_tables_and_pages_of_earlier_runs_are_no_images(tmp_path: Path) -> None:
     for name in ("a.dcm", "first run.csv", "first run.HTML", "no_suffix"):
         (tmp_path / name).write_bytes(b"")
