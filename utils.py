@@ -665,32 +665,28 @@ def _walk(
     pydicom takes a value that is longer than the file, and one after a VR that it
     doesn't know, without a word: each element is looked at before its value is read.
     """
-    start, last, fault = file.tell(), 0, None
+    start, last, end, fault = file.tell(), 0, 0, None
     size = file.seek(0, os.SEEK_END)
     file.seek(start)
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal last, fault
+        nonlocal last, end, fault
         at = file.tell()
-        if not implicit and vr not in KNOWN_VRS and tag.group != ITEM_GROUP:
-            file.seek(at - 4)
-            named, short = struct.unpack("<2sH", file.read(4))
-            is_later = named.isalpha() and named.isupper() and not short
-            is_unknown = named.isalpha() and named.isupper()
-            if named in BLANK_VRS or is_unknown:  # later editions have 32 bits
-                mended = b"UN\0\0" + (b"" if is_later else struct.pack("<L", short))
-                note = f"the unknown VR {named.decode()!r} became UN"
-                fault = at - 4, mended, note
-                return True
-        too_long = length != UNDEFINED_LENGTH and at + length > size
-        if last >= PIXEL_DATA and (too_long or tag <= last or tag.group == 0xFFFF):
+        if last >= PIXEL_DATA and (tag <= last or tag.group == 0xFFFF):
             return True  # what follows the image is no element
+        is_known = implicit or vr in KNOWN_VRS or tag.group == ITEM_GROUP
+        if fault := None if is_known else _unknown_vr(file, at):
+            return True
+        too_long = length != UNDEFINED_LENGTH and at + length > size
+        if too_long and last >= PIXEL_DATA:
+            return True
         if too_long:
             there = size - at
             raise RejectedError(
                 f"is truncated: {tag} says {length} bytes, {there} are there"
             )
         last = last if tag.group == ITEM_GROUP else tag
+        end = at + length
         return False
 
     dataset = read_dataset(file, implicit, little, stop_when=stop)
@@ -699,7 +695,35 @@ def _walk(
             raise RejectedError(f"is truncated: {BaseTag(last)} does not end")
         note = "its compressed pixels had no delimiter at their end"
         fault = size, _END_OF_ITEMS, note
+    _unread(file, size, end)
     return dataset, fault
+
+
+def _unread(file: BinaryIO, size: int, end: int) -> None:
+    """Go back to the end of the last element, where pydicom has swallowed a rest.
+
+    `end` lies beyond the file where the element has no length: then its delimiter ends
+    it. A rest is swallowed if it is shorter than the beginning of an element.
+    """
+    if file.tell() == size:
+        file.seek(max(0, size - 16))
+        _, delimiter, rest = file.read().rpartition(_END_OF_ITEMS)
+        file.seek(end if end <= size else size - len(rest) * bool(delimiter))
+
+
+def _unknown_vr(file: BinaryIO, at: int) -> tuple[int, bytes, str] | None:
+    """Place and bytes that make UN of a VR that pydicom does not know (PS3.5 6.2.2).
+
+    One of a later edition has 32 bits of length behind two zero bytes, a blank one 16.
+    """
+    file.seek(at - 4)
+    named, short = struct.unpack("<2sH", file.read(4))
+    is_name = named.isalpha() and named.isupper()
+    if not is_name and named not in BLANK_VRS:
+        return None
+    is_later = is_name and not short
+    mended = b"UN\0\0" + (b"" if is_later else struct.pack("<L", short))
+    return at - 4, mended, f"the unknown VR {named.decode()!r} became UN"
 
 
 def texts(dataset: Dataset, keyword: str) -> list[str]:

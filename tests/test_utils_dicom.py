@@ -678,11 +678,15 @@ def test_a_second_frame_that_the_header_does_not_know_is_noted(
     assert np.array_equal(decode_frame(read_dicom(path)), frames[0])
 
 
-def test_data_after_the_dataset_are_noted(tmp_path: Path) -> None:
-    path = write(tmp_path / "x", exposure())
-    path.write_bytes(path.read_bytes() + b"\0" * 20)
+@pytest.mark.parametrize("name", ["explicit", "implicit", "big endian", "RLE"])
+@pytest.mark.parametrize("rest", [b"\0" * 20, b"ABCDE", b"ABCDEFGHIJKLMNOP"])
+def test_data_after_the_dataset_are_noted(
+    tmp_path: Path, name: str, rest: bytes
+) -> None:
+    path = write(tmp_path / "x", exposure(), SYNTAXES[name])
+    path.write_bytes(path.read_bytes() + rest)
     notes, pixels = notes_of(path)
-    assert notes == "20 bytes after the dataset left out"
+    assert notes == f"{len(rest)} bytes after the dataset left out"
     assert np.array_equal(pixels, exposure())
 
 
