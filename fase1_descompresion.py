@@ -150,7 +150,10 @@ def moment_of(get: Callable[[str], Any]) -> tuple[str, str]:
 
 
 def stamps_of(get: Callable[[str], str]) -> Iterator[Stamp]:
-    """The attributes that tell of the moment, the best first."""
+    """The attributes that tell of the moment, the best first.
+
+    AcquisitionDateTime may be anything from YYYY to YYYYMMDDHHMMSS.FFFFFF&ZZXX.
+    """
     zone, whole = get("TimezoneOffsetFromUTC"), get("AcquisitionDateTime")
     match = DATETIME_FORM.fullmatch(whole)
     day, clock, own = match.groups("") if match else (whole[:8], "", "")
@@ -160,16 +163,6 @@ def stamps_of(get: Callable[[str], str]) -> Iterator[Stamp]:
     for name in SOURCES:
         date, time = parse_date(get(f"{name}Date")), parse_time(get(f"{name}Time"))
         yield Stamp(f"{name}Date/Time", date, time, parse_offset(zone))
-
-
-def parse_datetime(text: str, offset: timedelta | None) -> Stamp:
-    """DT: YYYY to YYYYMMDDHHMMSS.FFFFFF, perhaps with an offset of its own (&ZZXX)."""
-    name, match = "AcquisitionDateTime", DATETIME_FORM.fullmatch(text)
-    if not match:
-        return Stamp(name, parse_date(text[:8]), None, None)
-    day = parse_date(f"{match[1]}0101"[:8])
-    own = parse_offset(match[3]) if match[3] else offset
-    return Stamp(name, day, parse_time(match[2]), own)
 
 
 def parse_date(text: str) -> datetime | None:

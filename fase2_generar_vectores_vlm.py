@@ -639,11 +639,12 @@ def finished(
             f"{journal} holds no answer yet: run without --finished-only"
         )
     asked = {"vlm": cfg.vlm, "embedder": cfg.embed_model}
-    if cfg.estimate or any(last.get(key, name) != name for key, name in asked.items()):
+    if cfg.estimate:
+        raise PipelineError("--finished-only asks nothing: leave out --estimate")
+    if any(last.get(key, name) != name for key, name in asked.items()):
         raise PipelineError(
-            f"the journal's last answers are by {last.get('vlm')} and "
-            f"{last.get('embedder')}: give these as --vlm and --embed-model, and no "
-            "--estimate, to write the dataset of what is finished"
+            f"the journal's last answers are by {last['vlm']} and {last['embedder']}: "
+            "name these with --vlm and --embed-model"
         )
     images, probe = identify(paths, cfg, rejections), utils.unpack_vector(last["probe"])
     facts = ServerFacts(**{name: last[name] for name in names}, probe=probe)
