@@ -227,7 +227,7 @@ class Config:
     pull: bool = _knob(VLM, False, "download missing models first")
     wait: float = _knob(VLM, 600.0, "seconds that a server may be away", most=1e6)
     temperature: float = _knob(VLM, 0.7, "sampling temperature of the VLM", most=100)
-    num_predict: int = _knob(VLM, 160, "tokens that a description may have", 1)
+    num_predict: int = _knob(VLM, 160, "tokens that a description may have", 16)
     num_ctx: int = _knob(VLM, 2048, "context length of the VLM, tokens", 1)
     keep_alive: str = _knob(
         VLM,
@@ -403,10 +403,11 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         value = kind(text)
         if kind in (int, float) and not about["least"] <= value <= about["most"]:
-            limits = f"{about['least']:.10g} and {about['most']:.10g}"
-            raise argparse.ArgumentTypeError(f"must be between {limits}")  # nor NaN
+            limits = f"at least {about['least']:.10g}"
+            limits += f", at most {about['most']:.10g}" * (about["most"] < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {limits}")  # nor NaN
         if kind is str and not re.fullmatch(about["form"], text):
-            raise argparse.ArgumentTypeError(f"{text!r} is none: {about['help']}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid: {about['help']}")
         return value
 
     names = {int: "whole number", float: "number"}

@@ -30,7 +30,6 @@ import csv
 import faulthandler
 import gc
 import hashlib
-import io
 import itertools
 import logging
 import math
@@ -55,7 +54,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
-from PIL import Image
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -450,9 +448,9 @@ def record_of(dataset: Dataset, pixels: utils.Pixels, uid: str) -> dict[str, str
 
 
 def clean(text: object) -> str:
-    """DICOM text fit for a terminal and a spreadsheet: one line, no formula."""
+    """DICOM text fit for a terminal and a table: one line of 500 characters."""
     line = "".join(one if one.isprintable() else " " for one in str(text)).strip()
-    return f"'{line[:500]}" if line.startswith(("=", "+", "-", "@")) else line[:500]
+    return line[:500]
 
 
 def output_name(record: Mapping[str, str], identity: str) -> str:
@@ -827,10 +825,9 @@ def manifest(known: Known) -> Iterator[dict[str, str]]:
 
 
 def shown_path(path: str) -> str:
-    """A relative path for a spreadsheet: printable, and never a formula."""
+    """A relative path for a table: printable."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-    return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def warnings(known: Known) -> Iterator[str]:
@@ -884,18 +881,14 @@ def write_sheet(known: Known) -> None:
     for one in tiles:
         with suppress(Exception):  # of an output that somebody has damaged
             pictures[one.name] = thumbnail(known, one.name)
-    places: list[int] = []
-    for start in range(0, len(tiles), utils.PAGE_TILES):
-        part = tiles[start : start + utils.PAGE_TILES]
-        places += various([pictures.get(one.name) for one in part])
     sheet = utils.Sheet(
         title=str(known.folder),
         folder=str(known.folder.resolve()),
-        tiles=[one._replace(rank=at) for one, at in zip(tiles, places, strict=True)],
+        tiles=tiles,
         pictures=pictures,
         classes=config.CLASS_NAMES,
         sections=[utils.Section("", [utils.HOW_TO_MARK])],
-        orders=("in order of exposure", "various first"),
+        order="in order of exposure",
     )
     utils.page(path, sheet)
     known.add("sheet", **about)
@@ -903,12 +896,10 @@ def write_sheet(known: Known) -> None:
 
 def class_of(known: Known, name: str) -> str | None:
     """The class folder in which an output lies, at any depth; None: in no folder."""
-    path = str(known.places[name])
-    if path == os.path.join(known.folder, name):  # noqa: PTH118 - 5 times as fast
+    path = known.places[name]
+    if path.parent == known.folder:
         return None
-    label, _, file = path.removeprefix(f"{known.labelled_dir}{os.sep}").partition(
-        os.sep
-    )
+    label, *file = path.parts[len(known.labelled_dir.parts) :]
     return label if file else ""
 
 
@@ -920,7 +911,6 @@ def tile(row: Mapping[str, str], label: str | None) -> utils.Tile:
         day, time = f"{moment:%Y-%m-%d}", f"{moment:%H:%M:%S}"
     units = {"kvp": "{} kVp", "mas": "{} mAs", "exposure_index": "index {}"}
     shown = [form.format(row[key]) for key, form in units.items() if row[key]]
-    size = f"{row['rows']} × {row['columns']}"
     return utils.Tile(
         name=row["output"],
         picture=row["output"],
@@ -929,7 +919,7 @@ def tile(row: Mapping[str, str], label: str | None) -> utils.Tile:
         label=label or "",
         lines=[
             " · ".join(filter(None, [time, *shown])),
-            " · ".join(filter(None, [row["detector"], size])),
+            f"{row['detector']} {row['rows']} × {row['columns']}".strip(),
             "" if label is None else "labelled",
             row["notes"],
         ],
@@ -945,27 +935,6 @@ def thumbnail(known: Known, name: str, jpeg: bytes = b"") -> bytes:
             jpeg = utils.preview(utils.decode(dataset), dataset)
         utils.write_file(path, jpeg)
     return jpeg or path.read_bytes()
-
-
-def various(thumbnails: Sequence[bytes | None]) -> list[int]:
-    """Places in an order in which the first images differ most, in looks and in time.
-
-    Each next one is the farthest from those before it, by 8 x 8 grey levels.
-    """
-    looks = np.zeros((len(thumbnails), 65))
-    for at, jpeg in enumerate(thumbnails):
-        if jpeg:
-            small = Image.open(io.BytesIO(jpeg)).resize((8, 8), Image.Resampling.BOX)
-            looks[at, :64] = np.asarray(small).ravel()
-    looks /= np.linalg.norm(looks.std(axis=0)) or 1
-    looks[:, 64] = np.linspace(0, 2, len(looks))
-    far, places, at = np.full(len(looks), np.inf), [0] * len(looks), 0
-    for place in range(len(looks)):
-        places[at] = place
-        far = np.minimum(far, np.linalg.norm(looks - looks[at], axis=1))
-        far[at] = -1
-        at = int(far.argmax())
-    return places
 
 
 # --- Labels from a saved page -------------------------------------------------------
@@ -1006,11 +975,7 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
         raise PipelineError(
             f"{path} is not a list that a page saved: its first line must be file,class"
         )
-
-    def plain(text: str | None) -> str:  # the page keeps it from being a formula
-        return re.sub("^'(?=[=+@'-])", "", text or "")
-
-    return [(plain(row["file"]), plain(row["class"])) for row in rows]
+    return [(row["file"] or "", row["class"] or "") for row in rows]
 
 
 class Labels:

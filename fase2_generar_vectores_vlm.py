@@ -25,7 +25,6 @@ import signal
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
 
-import csv
 import logging
 import os
 import time
@@ -471,9 +470,7 @@ def write_dataset(
         table = files.enter_context(utils.atomic_write(folder / config.DATASET_ROWS))
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(x, header)
-        text = utils.csv_text(table)
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(ROW_COLUMNS)
+        write_row = utils.csv_writer(table, ROW_COLUMNS)
         for image in images:
             answers, asked = book.of(image.picture), questions_for(image.label, cfg)
             file = image.path.relative_to(cfg.folder("labelled_dir")).as_posix()
@@ -484,13 +481,12 @@ def write_dataset(
                 chosen = utils.chosen_answer(attempts)
                 assert chosen is not None  # the images are complete
                 seed = question.seed(image.image_id, attempts.index(chosen))
-                writer.writerow(
-                    (
-                        *(row, image.image_id, file, image.label),
-                        *(question.prompt_set, question.index, question.prompt),
-                        *(seed, chosen.text),
-                    )
+                cells = (
+                    *(row, image.image_id, file, image.label),
+                    *(question.prompt_set, question.index, question.prompt),
+                    *(seed, chosen.text),
                 )
+                write_row(dict(zip(ROW_COLUMNS, cells, strict=True)))
                 tally = quality.setdefault(question.prompt, Counter())
                 tally["answers"] += 1
                 tally[chosen.problem or "whole"] += 1
@@ -500,7 +496,6 @@ def write_dataset(
                 used.append(chosen)
                 row += 1
             image_lines.append(image_line(image, file, used))
-        text.detach()
     with utils.atomic_write(folder / config.DATASET_Y) as y:
         np.save(y, np.array(labels))
     with utils.atomic_write(folder / config.DATASET_PIXELS) as pixels:

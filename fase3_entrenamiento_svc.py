@@ -1222,44 +1222,39 @@ def draw_confusion(metrics: Mapping[str, Any]) -> bytes:
 def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
     """All that the console says, and the images, the likeliest wrong labels first."""
     folder, listed = data.cfg.folder("dataset_dir"), metrics["held_out"]
-    ids, names = [line["image_id"] for line in data.lines], metrics["class_names"]
-    doubtful = {  # these are shown with their descriptions and the nearest images
-        each["image_id"]
-        for place, each in enumerate(listed)
-        if place < len(listed) / 10 or each["class"] != each["descriptions_say"]
-    }
+    known = [(line["image_id"], line["file"]) for line in data.lines]
+    names, warned = metrics["class_names"], metrics["warnings"]
     texts: dict[str, list[str]] = {}
     for row in utils.read_csv(folder / config.DATASET_ROWS):
-        if row["image_id"] in doubtful and row["prompt_set"] == "generic":
+        if row["prompt_set"] == "generic":
             texts.setdefault(row["image_id"], []).append(row["description"])
     scaled = StandardScaler().fit_transform(data.pixels)
     found = utils.fit_neighbours(scaled, 4).kneighbors(scaled, return_distance=False)
     near = {
-        ids[image]: [(ids[at], data.lines[at]["file"]) for at in others if at != image]
-        for image, others in enumerate(found.tolist())
-        if ids[image] in doubtful
+        own: [known[at] for at in others if known[at][0] != own][:3]
+        for (own, _), others in zip(known, found.tolist(), strict=True)
     }
-    tiles = [
-        utils.Tile(
+    tiles = []
+    for place, each in enumerate(listed):
+        tile = utils.Tile(
             name=each["file"],
             picture=each["image_id"],
             label=each["class"],
             state=f"{each['class']} → {each['descriptions_say']}",
             shares={f"for {each['class']}": each["own_probability"]},
             lines=[f"picture says {each['picture_says']}", each["reason"]],
-            near=near.get(each["image_id"], ())[:3],
-            details=texts.get(each["image_id"], ()),
         )
-        for each in listed
-    ]
+        if place < len(listed) / 10 or each["class"] != each["descriptions_say"]:
+            more = texts.get(tile.picture, ())
+            tile = tile._replace(near=near[tile.picture], details=more)
+        tiles.append(tile)
     behind = Counter(tile.state for tile in tiles)
     matrix: list[list[str | tuple[str, str]]] = [["is", *(f"→ {n}" for n in names)]]
     for name in names:
         states = [f"{name} → {says}" for says in names]
         matrix.append([name, *((str(behind[state]), state) for state in states)])
-    thumbnails = (folder / config.THUMBNAIL_DIR / f"{image}.jpg" for image in ids)
+    thumbnails = (folder / config.THUMBNAIL_DIR / f"{own}.jpg" for own in near)
     made, held_out, *_ = report_lines(metrics, verbose=False)
-    read_first = utils.Section("Read this first", metrics["warnings"], warning=True)
     return utils.Sheet(
         title=f"How good the model is: {made}",
         folder="",
@@ -1267,7 +1262,7 @@ def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
         pictures={p.stem: p.read_bytes() for p in thumbnails if p.is_file()},
         classes=names,
         sections=[
-            *([read_first] if metrics["warnings"] else []),
+            utils.Section("Warnings", warned or ["none"], warning=bool(warned)),
             *(
                 utils.Section(title, [*section_lines(metrics[section])])
                 for section, title in SECTIONS.items()
@@ -1290,7 +1285,6 @@ def charts(metrics: Mapping[str, Any]) -> list[utils.Chart]:
     counted = [
         (float(name.split()[1]), value["value"], *value["interval"])
         for name, value in metrics["comparison"].items()
-        if name.startswith("descriptions: ")
     ]
     return [
         utils.Chart("Right, by confidence", "confidence", sure, diagonal=True),

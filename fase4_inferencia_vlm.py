@@ -23,7 +23,6 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
 
 import asyncio
-import csv
 import glob
 import json
 import logging
@@ -72,12 +71,11 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     metrics = utils.read_json(
         folder / config.METRICS, "run `python fase3_entrenamiento_svc.py` first"
     )
-    digests = metrics.get("sha256") or {}
-    if config.SECOND_READER not in digests:
+    digests, limits = (metrics.get(name) or {} for name in ("sha256", "thresholds"))
+    if config.SECOND_READER not in digests or "stages" not in limits:
         raise PipelineError(
-            f"{folder / config.METRICS} describes no model, or one of an older version "
-            "without a second reader: run phases 2 and 3 again (phase 2 asks only what "
-            "is new)"
+            f"{folder / config.METRICS} describes no model, or one of an older "
+            "version: run phases 2 and 3 again (phase 2 asks only what is new)"
         )
     for name, expected in digests.items():
         utils.check_digest(folder / name, expected, TRAIN_AGAIN)
@@ -132,6 +130,28 @@ def check_conditions(
             "answer all the same with --force"
         )
     return found
+
+
+def doubts(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
+    """What a person should know of the model before it answers."""
+    asked, stages = cfg.inference_descriptions, metrics["thresholds"]["stages"]
+    trained, measured = metrics["k"], metrics.get("k_measured", metrics["k"])
+    if asked != trained:
+        yield (
+            f"thresholds were chosen for {trained} descriptions an image, now {asked}"
+        )
+    if measured < trained:
+        yield (
+            f"the thresholds were measured with {measured} descriptions an image, all "
+            "that training had"
+        )
+    if [*stages] == [str(asked)]:
+        yield f"the model has one stage: what is asked anything is asked all {asked}"
+    if all(min(one["confidence"].values()) >= utils.NEVER for one in stages.values()):
+        yield (
+            f'no confidence is safe in this model: every image is "'
+            f'{config.INCONCLUSIVE}" (see phase 3)'
+        )
 
 
 # --- One image after another --------------------------------------------------------
@@ -359,10 +379,7 @@ def table(path: Path, classes: Sequence[str], opened: AsyncExitStack) -> Sink:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = opened.enter_context(path.open("wb"))
     columns = [*TABLE_COLUMNS, *(f"confidence_{name}" for name in classes)]
-    writer = csv.DictWriter(
-        utils.csv_text(file), columns, extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
+    write_row = utils.csv_writer(file, columns)
 
     def add(_: Result, found: Record) -> None:
         row = found | {"warnings": "; ".join(found["warnings"])}
@@ -373,7 +390,7 @@ def table(path: Path, classes: Sequence[str], opened: AsyncExitStack) -> Sink:
                 row[f"{name}_novelty"] = one["novelty"]
         for name, share in found.get("confidences", {}).items():
             row[f"confidence_{name}"] = share
-        writer.writerow(row)
+        write_row(row)
         file.flush()
 
     return add
@@ -435,6 +452,7 @@ def page(
             tiles=sorted(tiles, key=surest_last),
             pictures=pictures,
             classes=classes,
+            order="doubtful first",
             sections=[utils.Section(title, [first, utils.HOW_TO_MARK])],
             foot=foot,
         )
@@ -557,23 +575,7 @@ async def classify(
             asyncio.to_thread(utils.load_model, folder, metrics)
         )
         servers, facts = await utils.preflight(named, cfg)
-        warnings = check_conditions(metrics, facts, cfg)
-        if cfg.inference_descriptions != metrics["k"]:
-            warnings.append(
-                f"thresholds were chosen for {metrics['k']} descriptions an image, "
-                f"now {cfg.inference_descriptions}"
-            )
-        if metrics.get("k_measured", metrics["k"]) < metrics["k"]:
-            warnings.append(
-                f"the thresholds were measured with {metrics['k_measured']} "
-                f"descriptions an image, all that training had"
-            )
-        stages = metrics["thresholds"]["stages"].values()
-        if all(min(each["confidence"].values()) >= utils.NEVER for each in stages):
-            warnings.append(
-                f'no confidence is safe in this model: every image is "'
-                f'{config.INCONCLUSIVE}" (see phase 3)'
-            )
+        warnings = [*check_conditions(metrics, facts, cfg), *doubts(metrics, cfg)]
         for warning in warnings if not cfg.json else ():
             print(f"warning: {warning}", flush=True)
         book = open_book(cfg, facts, opened)

@@ -361,32 +361,52 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+_NO_FORMULA = tuple(f"'{start}" for start in _FORMULA)
+"""An apostrophe stands before a text that a spreadsheet would calculate."""
+
+
+def csv_writer(
+    file: BinaryIO, columns: Sequence[str]
+) -> Callable[[Mapping[str, object]], object]:
+    """Begin a CSV file of UTF-8 with BOM, for a Spanish Excel; what writes a row.
+
+    No text is a formula, and a name that is not UTF-8 keeps its bytes: `read_csv` gives
+    all back as it was.
+    """
+    file.write(codecs.BOM_UTF8)
+    text = codecs.getwriter("utf-8")(file, "surrogateescape")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+
+    def write(row: Mapping[str, object]) -> None:
+        texts = {k: v for k, v in row.items() if isinstance(v, str)}
+        guarded = {k: f"'{v}" for k, v in texts.items() if v.startswith(_FORMULA)}
+        writer.writerow({**row, **guarded})
+
+    return write
+
+
 def write_csv(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]
 ) -> None:
-    """Write rows as UTF-8 CSV with BOM and a header line, as `write_file` does.
-
-    A name that is not UTF-8 keeps its bytes: `read_csv` gives it back as it was.
-    """
+    """Write rows as `csv_writer` does, to a file as `write_file` does."""
     content = io.BytesIO()
-    writer = csv.DictWriter(csv_text(content), columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    write = csv_writer(content, columns)
+    for row in rows:
+        write(row)
     write_file(path, content.getvalue())
 
 
-def csv_text(file: BinaryIO) -> io.TextIOWrapper:
-    """The text side of a CSV file: a BOM, for a Spanish Excel, then UTF-8."""
-    file.write(codecs.BOM_UTF8)
-    return io.TextIOWrapper(
-        file, "utf-8", errors="surrogateescape", newline="", write_through=True
-    )
-
-
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file of UTF-8 with or without BOM."""
+    """Read a CSV file of UTF-8 with or without BOM, as `csv_writer` writes them."""
+
+    def plain(value: Any) -> Any:
+        guarded = isinstance(value, str) and value.startswith(_NO_FORMULA)
+        return value[1:] if guarded else value
+
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
+        return [{k: plain(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def class_name_problem(names: Iterable[str]) -> str:
@@ -586,13 +606,26 @@ def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> Datase
     return dataset
 
 
-def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
-    head, notes = file.read(132), list[str]()
+def _read_meta(file: BinaryIO, notes: list[str]) -> Dataset:
+    """The file meta group (PS3.10 7.1), where there is one: by tags, not its length."""
+    head = file.read(132)
     if head[128:] != b"DICM":
         file.seek(0)
         if not head.startswith((b"\2\0", b"\x08\0", b"\0\x08")):
             raise RejectedError("is not a DICOM file" if head else "is empty")
+    start = file.tell()
     meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    length = number(text(meta, "FileMetaInformationGroupLength"))
+    if length not in (None, file.tell() - start - 12):
+        notes.append("its file meta group had another length than it said")
+    if meta and not start:
+        notes.append("had no preamble")
+    return meta
+
+
+def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
+    notes = list[str]()
+    meta = _read_meta(file, notes)
     uid = UID(text(meta, "TransferSyntaxUID"))
     if not uid:
         notes.append("had no transfer syntax" if meta else "had no file meta group")
@@ -2287,13 +2320,13 @@ class SightTest:
             server = slots[worst].server
             own = [slot for slot in slots if slot.server is server]
             aside = book.set_aside(book.last_pass)
+            since = f"{aside} answers since the last passed test are set aside: "
             error = BlindError(
                 f"slot {own.index(slots[worst]) + 1} of the server at {server.url} "
                 f"(Ollama {server.version}) does not see the pictures it is sent "
-                f"({wrong[worst]} of {2 * SIGHT_QUESTIONS} answers fit another); "
-                f"{aside} answers since the last passed test are set aside: restart "
-                "the server or try another version of Ollama, then run the same "
-                "command again"
+                f"({wrong[worst]} of {2 * SIGHT_QUESTIONS} answers fit another): "
+                f"{since if aside else ''}restart the server or try another version "
+                "of Ollama, then run the same command again"
             )
             if not may_drop or len(own) == len(slots):
                 book.distrusted = error
@@ -2620,7 +2653,7 @@ def server_url(cfg: config.Config) -> str:
     A server bound to every interface (0.0.0.0, [::]) is reached at the loopback
     address. A user and password go to the server but never into a message.
     """
-    host = cfg.host_url.strip().strip("\"'").rstrip("/")
+    host = cfg.host_url.strip().strip("\"'")
     if host.count(":") > 1 and "[" not in host and "/" not in host:
         host = f"[{host}]"  # a bare IPv6 address
     try:
@@ -2629,15 +2662,15 @@ def server_url(cfg: config.Config) -> str:
         port = address.port or (implied if "://" in host else 11434)
         name = address.hostname or "127.0.0.1"
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-        if len(host.split()) > 1:
-            raise ValueError("white space")
+        if len(host.split()) > 1 or (host and not address.netloc):
+            raise ValueError("white space, or nothing behind the scheme")
     except (KeyError, ValueError):
         raise PipelineError(
             f"{cfg.host_url!r} is not an address of a server: write --host (or "
             "OLLAMA_HOST) like http://127.0.0.1:11434"
         ) from None
     name = f"[{name}]" if ":" in name else name
-    return f"{address.scheme}://{name}:{port}{address.path}"
+    return f"{address.scheme}://{name}:{port}{address.path.rstrip('/')}"
 
 
 def is_loopback(url: str) -> bool:
@@ -3083,8 +3116,8 @@ class VlmServer:
         start = len(self._noted) == BAD_ANSWERS and len(bad) > BAD_ANSWERS / 2
         if start or (len(bad) == BAD_ANSWERS and len(set(bad)) > 1):
             raise PipelineError(
-                f"the server at {self.url} (Ollama {self.version}) gives answers that "
-                f"can't be used, {len(bad)} of {BAD_ANSWERS} (the last: "
+                f"the server at {self.url} (Ollama {self.version}) gives no usable "
+                f"answer to {len(bad)} of {BAD_ANSWERS} questions (the last: "
                 f"{' '.join(said.split())[:60]!r}): see its log, restart it, try "
                 "another version of Ollama or another --vlm (one that thinks needs a "
                 "larger --num-predict); then the same command asks these again"
@@ -3169,7 +3202,7 @@ _STATUS_REMEDIES = {
     401: "set OLLAMA_API_KEY, or a user and password in --host",
     403: "something between refuses: add the server to NO_PROXY, or set OLLAMA_ORIGINS",
     407: "a proxy stands between: add the server to NO_PROXY",
-    404: "run `ollama pull` for that model, or see that --host names an Ollama",
+    404: "see that --host names an Ollama",
     501: "run `ollama pull nomic-embed-text`, use --embed-model nomic-embed-text",
     **dict.fromkeys((301, 302, 303, 307, 308), "name the new address with --host"),
 }
@@ -3179,6 +3212,8 @@ def _remedy(error: BaseException) -> str:
     """What mends a failure for which no second try is worth while; else empty."""
     if _is_untrusted(error):
         return "let SSL_CERT_FILE name the certificate of its authority"
+    if missing := re.search("model ['\"](.+?)['\"] not found", str(error)):
+        return f"run `ollama pull {missing[1]}`, then the same command again"
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
 
 
@@ -3523,7 +3558,6 @@ class Tile(NamedTuple):
     shares: Mapping[str, float] = MappingProxyType({})  # drawn as bars
     near: Sequence[tuple[str, str]] = ()  # (key, name) of images like it
     details: Sequence[str] = ()
-    rank: int = 0  # its place in the second of Sheet.orders
 
 
 class Chart(NamedTuple):
@@ -3556,7 +3590,7 @@ class Sheet(NamedTuple):
     pictures: Mapping[str, bytes]  # JPEG
     classes: Sequence[str]
     sections: Sequence[Section] = ()
-    orders: Sequence[str] = ()
+    order: str = ""  # of the tiles; if it has a name, "various first" is offered too
     foot: Sequence[str] = ()
 
 
@@ -3616,10 +3650,32 @@ def page(path: Path, sheet: Sheet) -> None:
             for key in keys
             if key in sheet.pictures
         }
-        html = template.render(
-            sheet=sheet, tiles=tiles, pictures=pictures, paths=paths, number=number
-        ).encode("utf-8", "backslashreplace")
-        write_file(target, html)
+        looks = [sheet.pictures.get(t.picture) for t in tiles]
+        ranks = various(looks) if sheet.order and looks else [0] * len(looks)
+        about = {"sheet": sheet, "paths": paths, "number": number, "ranks": ranks}
+        html = template.render(about, tiles=tiles, pictures=pictures)
+        write_file(target, html.encode("utf-8", "backslashreplace"))
+
+
+def various(thumbnails: Sequence[bytes | None]) -> list[int]:
+    """Places in an order in which the first images differ most, in looks and in place.
+
+    Each next one is the farthest from those before it, by 8 x 8 grey levels.
+    """
+    looks = np.zeros((len(thumbnails), 65))
+    for at, jpeg in enumerate(thumbnails):
+        if jpeg:
+            small = Image.open(io.BytesIO(jpeg)).resize((8, 8), Image.Resampling.BOX)
+            looks[at, :64] = np.asarray(small).ravel()
+    looks /= np.linalg.norm(looks.std(axis=0)) or 1
+    looks[:, 64] = np.linspace(0, 2, len(looks))
+    far, places, at = np.full(len(looks), np.inf), [0] * len(looks), 0
+    for place in range(len(looks)):
+        places[at] = place
+        far = np.minimum(far, np.linalg.norm(looks - looks[at], axis=1))
+        far[at] = -1
+        at = int(far.argmax())
+    return places
 
 
 _PAGE = r"""<!doctype html>
@@ -3716,8 +3772,8 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 <select id="only" aria-label="class or state"><option value="">all<option>no class
 {% for name in sheet.tiles|map(attribute="state")|unique if name %}
 <option value="{{ name }}">{{ name }}{% endfor %}</select>
-<select id="order" aria-label="order"{% if not sheet.orders %} hidden{% endif %}>
-{% for order in sheet.orders %}<option>{{ order }}{% endfor %}</select>
+<select id="order" aria-label="order"{% if not sheet.order %} hidden{% endif %}>
+<option>{{ sheet.order }}<option>various first</select>
 {% if paths|length > 1 %}{% for p in paths %}<a href="{{ p.name|urlencode }}"
 {%- if loop.index0 == number %} aria-current="page"{% endif %}>page {{ loop.index }}</a>
 {% endfor %}{% endif %}
@@ -3730,7 +3786,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 {% for t in tiles %}
 {% if t.group and loop.changed(t.group) %}<h2><bdi>{{ t.group }}</bdi></h2>{% endif %}
 <article class="tile{{ " mark" if t.file }}" data-file="{{ t.file }}"
- data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ t.rank }}">
+ data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ ranks.pop(0) }}">
 {{ picture(t.picture, t.name) }}
 {% if t.file %}<input type="checkbox" aria-label="{{ t.name }}">{% endif %}
 <bdi class="mine chip"></bdi><bdi class="chip">{{ t.label }}</bdi>

@@ -58,6 +58,7 @@ def test_a_flag_of_another_phase_is_refused(capsys: pytest.CaptureFixture[str]) 
     ("phase", "flag", "value"),
     [
         (2, "--descriptions", "0"),
+        (2, "--num-predict", "3"),
         (2, "--generic-share", "1.5"),
         (2, "--generic-share", "nan"),
         (2, "--server-parallel", "0"),

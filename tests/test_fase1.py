@@ -627,13 +627,19 @@ def with_another_length(data: bytes) -> bytes:
     return data[:140] + struct.pack("<L", 7) + data[144:]
 
 
-@pytest.mark.parametrize("damage", [without_preamble, with_another_length])
+@pytest.mark.parametrize(
+    ("damage", "note"),
+    [
+        (without_preamble, "had no preamble"),
+        (with_another_length, "its file meta group had another length than it said"),
+    ],
+)
 def test_a_file_meta_group_of_an_odd_form_is_read(
-    tmp_path: Path, damage: Callable[[bytes], bytes]
+    tmp_path: Path, damage: Callable[[bytes], bytes], note: str
 ) -> None:
     source = write(tmp_path / "x", exposure())
     source.write_bytes(damage(source.read_bytes()))
-    assert convert(source, tmp_path).record["notes"] == ""
+    assert convert(source, tmp_path).record["notes"] == note
     output = pydicom.dcmread(tmp_path / "out.dcm")
     assert np.array_equal(output.pixel_array, exposure())
 
@@ -1023,7 +1029,8 @@ def test_the_list_of_what_was_left_out_says_what_it_is(base: Path) -> None:
         *("source", "reason", "modality", "sop_class", "series_description")
     ]
     assert rows["plan"]["modality"] == "RTPLAN"
-    assert rows["cut"]["series_description"] == "'=field"
+    assert rows["cut"]["series_description"] == "=field"
+    assert ",'=field" in (folder / config.REJECTED_LIST).read_text("utf-8")
     assert "Digital X-Ray" in rows["cut"]["sop_class"]
     assert rows["text"]["modality"] == ""
 
@@ -1130,7 +1137,7 @@ def test_names_of_any_bytes_and_lengths_are_fine(base: Path) -> None:
     everything = row["source"] + row["notes"]
     assert "\\xff\\xfe.dcm" in everything
     assert "\n" not in everything
-    assert "./=formula" in everything
+    assert "'=formula" in everything
 
 
 def test_header_text_cant_reach_the_terminal_or_a_formula(base: Path) -> None:
@@ -1483,13 +1490,13 @@ def test_no_more_workers_are_started_than_there_are_files() -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 @pytest.mark.usefixtures("workers")
 def test_workers_that_died_are_replaced_and_leave_nothing_open() -> None:
-    tasks = [Task(Path("crash"), Path("unused"), 1)] * 10
+    tasks = [Task(Path("crash"), Path("unused"), 1)] * 30
     handles = [
         len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         for _ in fase1.convert_all(tasks, 1, bad_workers.convert)
     ]
-    assert len(handles) == 10
-    assert handles[-1] - handles[0] < 5
+    assert len(handles) == 30
+    assert handles[-1] - handles[0] < 15  # one each would be 29
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
@@ -1777,6 +1784,25 @@ def test_outputs_of_an_older_version_are_known_and_renamed(
     assert all(read(path).ImageComments == "of version 1.0" for path in outputs(base))
     assert run(base) == 0
     assert {path.name for path in outputs(base)} == now
+
+
+def test_a_touched_input_of_an_older_version_is_not_written_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The headers of that version may differ: the stored values tell."""
+    collection(base, 2)
+    with monkeypatch.context() as older:
+        older.setattr(config, "PROGRAM_VERSION", "1.1.0")
+        run(base)
+    for path in outputs(base):
+        dataset = read(path)
+        dataset.ImageComments = "of version 1.1"
+        dataset.save_as(path)
+    before = {path.name for path in outputs(base)}
+    for path in (base / "input_dicom").iterdir():
+        os.utime(path, (1, 1))
+    assert run(base) == 0
+    assert {path.name for path in outputs(base)} == before
 
 
 def test_a_lost_output_is_written_again(base: Path) -> None:

@@ -974,7 +974,7 @@ def test_a_server_whose_answers_are_of_no_use_is_named_and_left(
     base = labelled()
     fake.control(faults={fault: 0.8})
     assert phase2(base, fake) == 2
-    assert "answers that can't be used" in caplog.text
+    assert "gives no usable answer" in caplog.text
     assert "Ollama 0.33" in caplog.text
     assert chats(fake) <= utils.BAD_ANSWERS + 1
     fake.control(faults={})

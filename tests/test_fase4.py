@@ -394,6 +394,50 @@ def test_another_number_of_descriptions_than_in_training_is_said(
         ]
 
 
+def test_what_limits_a_model_is_said_before_the_answers(
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def limit(metrics: dict[str, Any]) -> None:
+        stages = metrics["thresholds"]["stages"]
+        del stages["3"]
+        stages["5"]["confidence"] = dict.fromkeys(phantoms.LABELS, utils.NEVER)
+        metrics["k_measured"] = 4
+
+    edit(base, limit)
+    phase4(base, server, new)
+    first, *rest = capsys.readouterr().out.split(f"\n{new}")
+    assert len(rest) == 3
+    assert "the model has one stage: what is asked anything is asked all 5" in first
+    assert "no confidence is safe in this model" in first
+    assert "measured with 4 descriptions" in first
+
+
+@pytest.mark.parametrize("without", ["thresholds", "sha256"])
+def test_a_model_of_an_older_version_is_refused(
+    base: Path,
+    server: FakeOllama,
+    new: Path,
+    without: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    edit(base, lambda metrics: metrics.update({without: {}}))
+    assert phase4(base, server, new) == 2
+    assert "of an older version: run phases 2 and 3 again" in caplog.text
+
+
+def test_no_cell_of_the_table_is_a_formula(
+    base: Path, server: FakeOllama, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(new)
+    name = '=HYPERLINK("x").dcm'
+    (new / "MTF").rename(new / name)
+    assert phase4(base, server, "--csv", "r.csv", name, "FDT") == 0
+    lines = Path("r.csv").read_text("utf-8-sig").splitlines()
+    cells = [row[0] for row in csv.reader(lines)]
+    assert cells == ["file", f"'{name}", "FDT"]
+    assert utils.read_csv(Path("r.csv"))[0]["file"] == name
+
+
 def test_a_distant_server_is_named_before_images_go_there(
     base: Path,
     server: FakeOllama,

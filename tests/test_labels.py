@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import phantoms
 import pytest
+from dicom_samples import posix
 from PIL import Image
 from test_fase1 import convert_here
 from test_page import Parsed
@@ -160,7 +161,7 @@ def test_various_first_begins_with_images_of_different_looks() -> None:
     """Three kinds in runs of ten: the first three are one of each."""
     kinds = [np.zeros((8, 8)), np.eye(8) * 255, np.full((8, 8), 255)]
     jpegs = [utils.thumbnail(kinds[at // 10].astype(np.uint8)) for at in range(30)]
-    places = fase1.various(jpegs)
+    places = utils.various(jpegs)
     assert sorted(places.index(place) // 10 for place in range(3)) == [0, 1, 2]
     assert sorted(places) == list(range(30))
 
@@ -305,6 +306,25 @@ def test_an_absolute_path_is_copied_and_the_answer_confirmed(base: Path) -> None
     folder = base / "dataset_final_vlm" / config.JOURNAL_DIR
     journal = utils.Journal(folder / f"{image_id}.jsonl")
     assert journal.get("confirmed") == {"class": "TOR"}
+
+
+def test_an_absolute_path_to_an_output_moves_it(base: Path) -> None:
+    first = names(base)[0]
+    path = (base / "f1_descomprimidos" / first).resolve()
+    assert phase1(base, "--labels", list_of(base, (str(path), "MTF"))) == 0
+    assert labelled(base) == [f"MTF/{first}"]
+    assert not path.exists()
+
+
+@posix
+def test_no_file_goes_into_a_class_folder_that_is_a_link(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (base / "elsewhere").mkdir()
+    (base / "datos_etiquetados" / "NEW").symlink_to(base / "elsewhere")
+    assert phase1(base, "--labels", list_of(base, (names(base)[0], "NEW"))) == 1
+    assert "is a link: no phase reads it" in caplog.text
+    assert list((base / "elsewhere").iterdir()) == []
 
 
 def test_pixels_that_are_labelled_already_are_not_copied(

@@ -79,7 +79,6 @@ def make_sheet(count: int, **changes: Any) -> Sheet:
             state="odd" if at % 2 else "even",
             group=f"day {at // 10}",
             lines=[f"{60 + at} kVp"],
-            rank=count - at,
         )
         for at, name in enumerate(names)
     ]
@@ -89,7 +88,7 @@ def make_sheet(count: int, **changes: Any) -> Sheet:
         tiles=tiles,
         pictures={name: picture(at) for at, name in enumerate(names)},
         classes=CLASSES,
-        orders=("in order of exposure", "various first"),
+        order="in order of exposure",
         foot=["made by a test"],
     )
     return sheet._replace(**changes)
@@ -115,7 +114,6 @@ def test_every_value_of_an_image_stands_on_the_page(tmp_path: Path) -> None:
         shares={"FDT": 0.25, "MTF": 0.75},
         near=[("q", "a neighbour")],
         details=["a description"],
-        rank=7,
     )
     pictures = {"p": picture(1), "q": picture(2)}
     page = parsed(tmp_path / "x.html", make_sheet(0, tiles=[tile], pictures=pictures))
@@ -125,7 +123,7 @@ def test_every_value_of_an_image_stands_on_the_page(tmp_path: Path) -> None:
     ):
         assert value in " ".join(page.text.split())
     assert page.all("article", "data-file") == ["/a/file.dcm"]
-    assert page.all("article", "data-rank") == ["7"]
+    assert page.all("article", "data-rank") == ["0"]
     assert [uri.partition(",")[0] for uri in page.all("img", "src")] == [
         "data:image/jpeg;base64"
     ] * 2
@@ -182,7 +180,7 @@ def test_every_500_images_have_a_page_and_a_list_of_their_own(tmp_path: Path) ->
 
 
 def test_only_a_page_whose_images_changed_is_written_again(tmp_path: Path) -> None:
-    sheet = make_sheet(501, pictures={}, orders=())
+    sheet = make_sheet(501, pictures={}, order="")
     utils.page(tmp_path / "x.html", sheet)
     before = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
     changed = [*sheet.tiles[:-1], sheet.tiles[-1]._replace(label="FDT")]
@@ -220,7 +218,7 @@ def test_no_text_becomes_markup(tmp_path: Path, text: str) -> None:
             classes=[word],
             sections=[Section(word, [word], [[word], [(word, word)]],
                               [Chart(word, word, [(1, 0.5, 0.4, 0.6)])])],
-            orders=[word],
+            order=word,
             foot=[word],
         )  # fmt: skip
 
@@ -459,13 +457,18 @@ def test_an_image_that_is_not_shown_gets_no_class(window: Any, tmp_path: Path) -
     assert given_classes(window) == dict.fromkeys(odd, "MTF")
 
 
-def test_the_second_order_is_that_of_the_ranks(window: Any, tmp_path: Path) -> None:
-    opened(window, tmp_path / "x.html", make_sheet(6))
+def test_the_second_order_begins_with_various_images(
+    window: Any, tmp_path: Path
+) -> None:
+    names = [f"{n:04d}.dcm" for n in range(6)]
+    alike = {name: picture(at // 3) for at, name in enumerate(names)}
+    opened(window, tmp_path / "x.html", make_sheet(6, pictures=alike))
     window.select_option("#order", "various first")
-    assert shown(window) == [f"{n:04d}.dcm" for n in (5, 4, 3, 2, 1, 0)]
+    assert sorted(shown(window)) == names
+    assert shown(window)[:2] == [names[0], names[5]]
     assert window.locator("main h2:visible").count() == 0
     window.select_option("#order", "in order of exposure")
-    assert shown(window) == [f"{n:04d}.dcm" for n in range(6)]
+    assert shown(window) == names
 
 
 def test_a_cell_of_a_table_shows_its_images(window: Any, tmp_path: Path) -> None:

@@ -191,7 +191,15 @@ def test_an_address_is_completed_as_ollama_does(host: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["ftp://there", "http://there:port", "http://[::1", "two words", "a:99999"]
+    "host",
+    [
+        "ftp://there",
+        "http://there:port",
+        "http://[::1",
+        "two words",
+        "a:99999",
+        "http://",
+    ],
 )
 def test_what_is_no_address_is_one_line(host: str) -> None:
     with pytest.raises(PipelineError, match="is not an address of a server"):
@@ -350,7 +358,7 @@ def test_a_request_that_the_server_refuses_is_not_repeated(
 def test_a_model_that_vanished_stops_the_run(
     fake: FakeOllama, picture: PreparedImage
 ) -> None:
-    with pytest.raises(PipelineError, match=r"'gone' not found.*ollama pull") as caught:
+    with pytest.raises(PipelineError, match="run `ollama pull gone`") as caught:
         ask(
             knobs(fake, "--vlm", "gone"),
             lambda s: s.answer(picture.png, QUESTION.prompt, 1),
