@@ -1192,6 +1192,7 @@ def _decode_rle(stream: Stream, layout: Dataset) -> Decoded:
         sample, byte = divmod(index, size)
         decoded[:, sample, -1 - byte] = np.frombuffer(segment, np.uint8, plane)
         excess += len(segment) - plane
+        del segment  # it is half an image, and the next one is made beside it
     if excess:
         layout.notes.append(f"{excess} bytes after its RLE segments left out")
     samples = decoded.view(f"<u{size}").reshape(layout.Rows, layout.Columns, -1)
