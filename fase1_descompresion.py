@@ -353,8 +353,7 @@ def convert(task: Task) -> Outcome:
 
 
 def _convert(task: Task, outcome: Outcome) -> None:
-    give_up_after(task.timeout_s, 0)  # a network share may hang
-    give_up_after(task.timeout_s, task.source.stat().st_size)
+    give_up_after(task.timeout_s, task.facts[0])
     dataset = utils.read_dicom(task.source, task.limit_mb)
     elements, notes = raw_elements(dataset), dataset.notes
     meta = file_meta(dataset, notes)

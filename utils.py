@@ -25,7 +25,6 @@ import struct
 import sys
 import time
 import unicodedata
-import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import (
@@ -588,7 +587,7 @@ def read_dicom(path: Path, limit_mb: int = config.Config.max_image_mb) -> Datase
     """
     if path.exists() and not path.is_file():
         raise RejectedError("is not a regular file")
-    with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+    with path.open("rb") as file:
         before = os.fstat(file.fileno())
         if before.st_size > limit_mb + HEADER_MB << 20:
             raise RejectedError(f"is larger than {limit_mb + HEADER_MB} MB")
@@ -762,8 +761,7 @@ def _unknown_vr(file: BinaryIO, at: int) -> tuple[int, bytes, str] | None:
 def texts(dataset: Dataset, keyword: str) -> list[str]:
     """The values of an element as text; what can't be parsed comes as it stands."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            value = dataset.get(keyword)
+        value = dataset.get(keyword)
     except Exception:  # pydicom raises whatever a broken value provokes
         raw: Any = dataset.get_item(keyword)
         value = bytes(raw.value or b"")[:1024].decode("latin-1")
@@ -1442,8 +1440,7 @@ def _display_values(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float3
     white). A VOI window is left out: the window below is taken from the image, because
     headers carry clinical windows that hide a test object.
     """
-    with suppress(Exception), warnings.catch_warnings(action="ignore"):
-        # a table that can't be read is none
+    with suppress(Exception):  # a table that can't be read is none
         if text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, dataset)
         elif pixels.ndim == 2 and dataset.get("ModalityLUTSequence"):
