@@ -2458,27 +2458,32 @@ async def preflight(
     outcomes = await asyncio.gather(*checks, return_exceptions=True)
     good: list[VlmServer] = []
     for server, outcome in zip(servers, outcomes, strict=True):
-        error = outcome if isinstance(outcome, BaseException) else None
-        if good and not error:
-            error = _differs(server, good[0], cfg)
-        if not error:
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            _check_alike(server, (good or [server])[0], cfg)
             good.append(server)
-        elif len(servers) == 1 or not isinstance(error, PipelineError):
-            raise error
-        elif cfg.any_host:
-            server.tell(f"warning: goes on without {server.url}: {error}")
-        else:
-            raise PipelineError(f"{error}; or go on without it: --any-host")
+        except PipelineError as error:
+            if len(servers) == 1:
+                raise
+            _without(cfg, server.tell, server.url, error)
     if not good:
         raise PipelineError("none of the servers can be used: see the lines above")
     both = all(server.facts.both_loaded for server in good)
     return good, replace(good[0].facts, both_loaded=both)
 
 
-def _differs(
-    server: "VlmServer", first: "VlmServer", cfg: config.Config
-) -> PipelineError | None:
-    """Why a server can't work beside the first one."""
+def _without(
+    cfg: config.Config, tell: Callable[[str], object], name: str, problem: object
+) -> None:
+    """Go on without a server or worker, if the user says so; else raise."""
+    if not cfg.any_host:
+        raise PipelineError(f"{problem}; or go on without it: --any-host")
+    tell(f"warning: goes on without {name}: {problem}")
+
+
+def _check_alike(server: "VlmServer", first: "VlmServer", cfg: config.Config) -> None:
+    """Raise PipelineError where a server can't work beside the first one."""
     mine, other = server.facts, first.facts
     near = cosine(mine.probe, other.probe)
     reasons = {
@@ -2487,12 +2492,11 @@ def _differs(
         f"embeds otherwise (cosine {near:.4f})": near < SAME_EMBEDDING,
     }
     for reason in (text for text, is_so in reasons.items() if is_so):
-        return PipelineError(
+        raise PipelineError(
             f"the server at {server.url} (Ollama {server.version}) {reason} than "
             f"{first.url} (Ollama {first.version}): give both the same Ollama and the "
             "same models with `ollama pull`"
         )
-    return None
 
 
 def work_done(servers: Sequence["VlmServer"]) -> Iterator[str]:
@@ -2509,7 +2513,7 @@ class OwnServer:
     """On a Dask worker, as an actor: the Ollama at the worker's own OLLAMA_HOST."""
 
     def __init__(self) -> None:
-        self._http = VlmServer(config.Config(), lambda _: None)._client._client
+        self._http = VlmServer(config.Config(), lambda _: None).http
 
     async def who(self) -> tuple[str, str]:
         """The version of the program, and the server that the worker leads to."""
@@ -2560,14 +2564,16 @@ class DaskWay:
                 "every answer so far is kept"
             )
         with suppress(OSError):  # the scheduler is away, for a while
-            actors = await _own_servers(self._client, lambda _: None)
+            actors = await _own_servers(self._client, lambda *_: None)
             self._actor = actors.get(self.name, self._actor)
 
     async def aclose(self) -> None:
         """As httpx wants it; other ways share the client."""
 
 
-async def _own_servers(client: Any, refuse: Callable[[str], object]) -> dict[str, Any]:
+async def _own_servers(
+    client: Any, refuse: Callable[[str, str], object]
+) -> dict[str, Any]:
     """By their names the servers of all workers, an actor each; says who is unfit."""
 
     def here() -> Any:
@@ -2586,9 +2592,10 @@ async def _own_servers(client: Any, refuse: Callable[[str], object]) -> dict[str
             actors[name] = actor
         except Exception as error:
             refuse(
+                worker,
                 f"the Dask worker at {worker} can't run the program "
                 f"({type(error).__name__}: {error}): set its PYTHONPATH to the "
-                "program's folder, and use the same Python"
+                "program's folder, and use the same Python",
             )
     return actors
 
@@ -2597,14 +2604,8 @@ async def _dask_ways(
     cfg: config.Config, tell: Callable[[str], object], opened: AsyncExitStack
 ) -> list[DaskWay]:
     """The ways that the workers of --dask lead."""
-
-    def refuse(problem: str) -> None:
-        if not cfg.any_host:
-            raise PipelineError(f"{problem}; or go on without it: --any-host")
-        tell(f"warning: goes on without it: {problem}")
-
     client = await _dask_client(cfg, opened)
-    actors = await _own_servers(client, refuse)
+    actors = await _own_servers(client, partial(_without, cfg, tell))
     if not actors:
         raise PipelineError(
             f"no Dask worker to use: `dask worker {cfg.dask}` makes one"
