@@ -156,11 +156,15 @@ def stamps_of(get: Callable[[str], str]) -> Iterator[Stamp]:
     match = DATETIME_FORM.fullmatch(whole)
     day, clock, own = match.groups("") if match else (whole[:8], "", "")
     date = parse_date(f"{day}0101"[:8])  # the year or month began
-    name, offset = "AcquisitionDateTime", parse_offset(own or zone)
-    yield Stamp(name, date, parse_time(clock), offset)
+    offset = parse_offset(own or zone)
+    stamp = Stamp("AcquisitionDateTime", date, parse_time(clock), offset)
+    if len(day) == 8:
+        yield stamp
     for name in SOURCES:
         date, time = parse_date(get(f"{name}Date")), parse_time(get(f"{name}Time"))
         yield Stamp(f"{name}Date/Time", date, time, parse_offset(zone))
+    if len(day) < 8:
+        yield stamp  # any whole date tells more than a year or a month
 
 
 def parse_date(text: str) -> datetime | None:
@@ -365,6 +369,7 @@ def _convert(task: Task, outcome: Outcome) -> None:
     if PIXEL_DATA not in dataset:
         raise RejectedError(
             f"holds no image ({kind['modality'] or kind['sop_class'] or 'no modality'})"
+            + "".join(f"; {note}" for note in notes)
         )
     give_up_after(task.timeout_s, utils.native_size(utils.pixel_layout(dataset)))
     pixels = utils.decode(dataset, task.limit_mb)
@@ -417,9 +422,9 @@ def record_of(dataset: Dataset, pixels: utils.Pixels, uid: str) -> dict[str, str
     """What the manifest says of an image."""
     get, layout = partial(utils.text, dataset), pixels.layout
 
-    def number(keyword: str, per: float = 1) -> str:
+    def number(keyword: str, per: float = 1, digits: int = 6) -> str:
         value = utils.number(get(keyword))
-        return "" if value is None else f"{value / per:.6g}"
+        return "" if value is None else f"{value / per:.{digits}g}"
 
     timestamp, time_source = moment_of(get)
     record = {
@@ -441,7 +446,7 @@ def record_of(dataset: Dataset, pixels: utils.Pixels, uid: str) -> dict[str, str
         "decoder": f"imagecodecs, {pixels.codec}" if pixels.codec else "none needed",
         "presentation_intent": get("PresentationIntentType"),
         "notes": "; ".join(dict.fromkeys(dataset.notes)),
-        "instance": number("InstanceNumber"),
+        "instance": number("InstanceNumber", digits=12),
     }
     return {key: clean(value) for key, value in record.items()}
 
@@ -457,7 +462,8 @@ def output_name(record: Mapping[str, str], identity: str) -> str:
     labels = {"detector": "", "kvp": "KVP", "mas": "mAs", "exposure_index": "IE"}
     parts = [label + record[key] for key, label in labels.items() if record[key]]
     if record["instance"].isdecimal():
-        parts.insert(0, f"{int(record['instance']):05d}")
+        digits = f"{int(record['instance']):05d}"
+        parts.insert(0, "z" * (len(digits) - 5) + digits)  # 100000 after 99999
     safe = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.")[:40] for part in parts]
     digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:12]
     return "_".join([record["timestamp"], *filter(None, safe), digest]) + ".dcm"
@@ -590,6 +596,8 @@ class Known:
         """The file that holds the image of an output now; none where it is lost."""
         self.files: dict[str, list[Path]] = {}
         """Files that are there, labelled ones first, by their identity."""
+        self.differing: list[str] = []
+        """Of this run: images that a labelled file holds with other stored values."""
         for path in self.folder.glob(TEMPORARY):  # what a killed run left unfinished
             utils.remove_file(path)
         for key, one in self.journal.items():
@@ -688,13 +696,20 @@ def settle(known: Known, task: Task, outcome: Outcome) -> None:
     # The list says "complete": it goes before the first change.
     utils.remove_file(known.folder / config.FILE_LIST)
     files = known.files.setdefault(outcome.identity, [])
+    if kind == "written":
+        labelled = [path for path in files if path.parent != known.folder]
+        known.differing += [
+            f"{name} differs in its stored values from {path} of the same "
+            "SOPInstanceUID: perhaps label it in that file's place"
+            for path in labelled[:1]
+        ]
     known.places[name] = held
     if kind in ("written", "renamed"):
         known.places[name] = known.folder / name
         utils.replace_file(held, known.places[name])
         files[:] = [*(path for path in files if path != held), known.places[name]]
     utils.remove_file(task.temporary)
-    known.counts[kind] += 1
+    known.counts["kept" if task.source.parent == known.folder else kind] += 1
     if outcome.thumbnail:
         thumbnail(known, name, outcome.thumbnail)
     key = known.key(task.source)
@@ -799,8 +814,9 @@ def manifest(known: Known) -> Iterator[dict[str, str]]:
 
     def rank(name: str) -> tuple[str, float, str]:
         record = known.outputs[name]["record"]
-        number = utils.number(record["instance"])
-        return record["timestamp"], math.inf if number is None else number, name
+        number = record["instance"]
+        rank = int(number) if number.isdecimal() else math.inf
+        return record["timestamp"], rank, name
 
     copies: dict[str, list[str]] = {}
     for key, one in sorted(known.journal.items()):
@@ -1094,7 +1110,18 @@ def decompress(cfg: Config) -> int:
     known = Known(cfg)
     gc.freeze()
     gc.enable()
-    tasks = new_tasks(known, cfg)
+    work_off(known, new_tasks(known, cfg), cfg)
+    if not known.counts:
+        raise PipelineError(f"{known.source_dir} is empty: put DICOM files into it")
+    work_off(known, own_tasks(known, cfg), cfg)
+    write_lists(known)
+    write_sheet(known)
+    report(known)
+    return utils.EXIT_SOME_FAILED if known.counts["rejected"] else utils.EXIT_DONE
+
+
+def work_off(known: Known, tasks: Sequence[Task], cfg: Config) -> None:
+    """Convert files, and give each its place; a bar, or a line now and then, tells."""
     outcomes = convert_all(tasks, cfg.jobs or os.cpu_count() or 1)
     hidden, told = cfg.quiet or None, time.monotonic()  # None: off a terminal
     bar = tqdm(total=len(tasks), unit=" files", leave=False, disable=hidden)
@@ -1107,12 +1134,6 @@ def decompress(cfg: Config) -> int:
             ):
                 told = time.monotonic()
                 log.info("%d of %d files", done, len(tasks))
-    if not known.counts:
-        raise PipelineError(f"{known.source_dir} is empty: put DICOM files into it")
-    write_lists(known)
-    write_sheet(known)
-    report(known)
-    return utils.EXIT_SOME_FAILED if known.counts["rejected"] else utils.EXIT_DONE
 
 
 def check_folders(cfg: Config) -> None:
@@ -1134,28 +1155,43 @@ def check_folders(cfg: Config) -> None:
 
 def new_tasks(known: Known, cfg: Config) -> list[Task]:
     """A task for every file that is not settled yet, in order of their names."""
-    tasks: list[Task] = []
-    for path in utils.find_files(known.source_dir, known.reject):
-        facts = -1, -1, -1
-        with suppress(OSError):  # it has just gone
-            found = path.stat()
-            facts = found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        if not known.is_done(path, facts):
-            name = TEMPORARY.replace("*", f"{os.getpid()}-{len(tasks)}")
-            limits = cfg.max_image_mb, cfg.item_timeout_s
-            tasks.append(Task(path, known.folder / name, *limits, facts))
-    return tasks
+    paths = utils.find_files(known.source_dir, known.reject)
+    tasks = (task_for(path, known, cfg) for path in paths)
+    return [task for task in tasks if not known.is_done(task.source, task.facts)]
+
+
+def own_tasks(known: Known, cfg: Config) -> list[Task]:
+    """A task for every output without a record, whose original is gone.
+
+    An older version wrote it, or the journal was deleted: it stays, and is listed.
+    """
+    held = {*known.places.values()}
+    there = (path for paths in known.files.values() for path in paths)
+    own = [path for path in there if path.parent == known.folder and path not in held]
+    return [task_for(path, known, cfg) for path in own]
+
+
+def task_for(path: Path, known: Known, cfg: Config) -> Task:
+    """What a worker must know of one file."""
+    facts = -1, -1, -1
+    with suppress(OSError):  # it has just gone
+        found = path.stat()
+        facts = found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    temporary = known.folder / TEMPORARY.replace("*", name)
+    return Task(path, temporary, cfg.max_image_mb, cfg.item_timeout_s, facts)
 
 
 def report(known: Known) -> None:
     """Print what was done and what to do next."""
     counts, folder = known.counts, known.folder
-    print(f"{counts.total()} files in {known.source_dir}:")
+    print(f"{counts.total() - counts['kept']} files in {known.source_dir}:")
     lines = {
         "written": f"images written to {folder} now",
         "known": "images were there before, here or labelled",
         "labelled": f"images found in {known.labelled_dir}, not written again",
         "renamed": "images of an older version, kept under today's names",
+        "kept": f"images were in {folder} without their originals",
         "duplicate": "files hold an image that is there already",
         "rejected": f"files left out: see {folder / config.REJECTED_LIST}",
     }
@@ -1163,7 +1199,10 @@ def report(known: Known) -> None:
         if counts[key]:
             print(f"  {counts[key]:6d} {text}")
     left_out = [f"{one['source']}: {one['reason']}" for one in rejected(known)]
-    for what, told in ("left out", left_out), ("warning", list(warnings(known))):
+    for what, told in (
+        ("left out", left_out),
+        ("warning", [*known.differing, *warnings(known)]),
+    ):
         for line in told[:MAX_WARNINGS]:
             log.warning("%s: %s", what, line)
         if more := len(told[MAX_WARNINGS:]):

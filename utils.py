@@ -629,12 +629,13 @@ def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
     if not uid:
         notes.append("had no transfer syntax" if meta else "had no file meta group")
     if uid == DeflatedExplicitVRLittleEndian:
-        file = _inflated(file.read(), limit_mb)
+        file = _inflated(file.read(), limit_mb, notes)
     first = file.read(8)
     if len(first) < 8:
         raise RejectedError("is truncated: there is nothing after the file meta group")
     file.seek(-8, os.SEEK_CUR)
-    little, implicit = first[0] > 0, first[4:6].decode("latin-1") not in KNOWN_VRS
+    little = first[0] > 0 or first[1] == 0  # no group is 0000 but one left out below
+    implicit = first[4:6].decode("latin-1") not in KNOWN_VRS
     native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     native = ImplicitVRLittleEndian if implicit else native
     if uid.is_transfer_syntax and (
@@ -648,7 +649,7 @@ def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
     return dataset
 
 
-def _inflated(data: bytes, limit_mb: int) -> BinaryIO:
+def _inflated(data: bytes, limit_mb: int, notes: list[str]) -> BinaryIO:
     """A deflated dataset (PS3.5 A.5), inflated within bounds."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
@@ -659,6 +660,8 @@ def _inflated(data: bytes, limit_mb: int) -> BinaryIO:
         raise RejectedError(f"inflates to more than {limit_mb} MB")
     if not inflater.eof:
         raise RejectedError("is truncated: the deflated dataset does not end")
+    if (rest := len(inflater.unused_data)) > 1:
+        notes.append(f"{rest} bytes after the deflated dataset left out")
     return io.BytesIO(inflated)
 
 
@@ -837,7 +840,8 @@ def corrections(layout: Dataset, dataset: Dataset) -> Iterator[DataElement]:
     """The attributes of a layout that a dataset lacks, or says otherwise."""
     for element in layout:
         said = text(dataset, element.keyword)
-        if said != str(element.value) and element.keyword != "NumberOfFrames":
+        is_usual = element.keyword == "NumberOfFrames" and not said
+        if said != str(element.value) and not is_usual:
             yield element
 
 
@@ -904,9 +908,10 @@ def decode(dataset: Dataset, limit_mb: int = config.Config.max_image_mb) -> Pixe
         notes += ["said compressed, is not"] if is_compressed else []
         values = _native(element, layout)
     layout.BitsAllocated = 8 * values.itemsize
-    overlays = _embedded_overlays(dataset, layout)
-    notes += ["an overlay in unused bits was left out"] if overlays else []
-    return Pixels(_stored(values, layout, overlays.values()), layout, codec, overlays)
+    named = _embedded_overlays(dataset, layout)
+    lost = [group for group in named if (group, 0x3000) not in dataset]
+    notes += ["an overlay in unused bits was left out"] if lost else []
+    return Pixels(_stored(values, layout, named.values()), layout, codec, lost)
 
 
 def _compressed(value: bytes, layout: Dataset) -> tuple[NDArray[Any], str]:
@@ -990,7 +995,7 @@ def _embedded_overlays(dataset: Dataset, layout: Dataset) -> dict[int, int]:
     """Group -> bit of the overlays that stand in unused bits (PS3.3 C.9.2, retired)."""
     found, low = {}, layout.HighBit + 1 - layout.BitsStored
     for group in range(0x6000, 0x6020, 2):
-        if (group, 0x0102) in dataset and (group, 0x3000) not in dataset:
+        if (group, 0x0102) in dataset:
             bit = int(number(str(dataset[group, 0x0102].value)) or 0)
             used = low <= bit <= layout.HighBit
             if not used and 0 <= bit < layout.BitsAllocated:
@@ -1112,6 +1117,13 @@ def _check_shape(codec: str, layout: Dataset, *shape: int) -> None:
         )
 
 
+def _note_rest(stream: Stream, at: int, layout: Dataset) -> None:
+    """What is behind the first end marker after the frame header is no image of it."""
+    end = re.compile(b"\xff\xd9").search(stream, at)
+    if end and (rest := len(stream) - end.end()) > 1:
+        layout.notes.append(f"{rest} bytes after its codestream left out")
+
+
 _FRAME_MARKERS = {0xFFF7, *range(0xFFC0, 0xFFD0)} - {0xFFC4, 0xFFC8, 0xFFCC}
 
 
@@ -1129,6 +1141,7 @@ def _decode_jpeg(stream: Stream, layout: Dataset) -> Decoded:
     precision, rows, columns, colours = struct.unpack_from(">BHHB", stream, at + 4)
     codec = {0xFFC3: "JPEG Lossless", 0xFFF7: "JPEG-LS"}.get(marker, "JPEG")
     _check_shape(codec, layout, rows, columns, colours)
+    _note_rest(stream, at, layout)
     if codec == "JPEG-LS":
         return imagecodecs.jpegls_decode(stream), codec, precision
     # A sample takes one bit at least, or an 8 × 8 block does (ISO 10918-1 F.2, H.2).
@@ -1172,6 +1185,7 @@ def _decode_j2k(stream: Stream, layout: Dataset) -> Decoded:
     colours, depth = struct.unpack_from(">HB", stream, at + 40)
     codec = "HTJ2K" if able & 0x4000 else "JPEG 2000"
     _check_shape(codec, layout, bottom - top, right - left, colours)
+    _note_rest(stream, at, layout)
     return imagecodecs.jpeg2k_decode(stream), codec, (depth & 0x7F) + 1
 
 
@@ -1440,10 +1454,13 @@ def _display_values(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.float3
     white). A VOI window is left out: the window below is taken from the image, because
     headers carry clinical windows that hide a test object.
     """
-    with suppress(Exception):  # a table that can't be read is none
-        if text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR":
+    if text(dataset, "PhotometricInterpretation").upper() == "PALETTE COLOR":
+        try:
             pixels = apply_color_lut(pixels, dataset)
-        elif pixels.ndim == 2 and dataset.get("ModalityLUTSequence"):
+        except Exception as error:  # whatever a broken table provokes
+            raise RejectedError(f"its palette can't be used: {error}") from None
+    with suppress(Exception):  # a table that can't be read is none
+        if pixels.ndim == 2 and dataset.get("ModalityLUTSequence"):
             pixels = apply_modality_lut(pixels, dataset)
     if pixels.ndim == 3:
         return np.asarray(pixels[..., :3] @ LUMINANCE, np.float32)

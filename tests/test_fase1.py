@@ -819,6 +819,12 @@ def test_the_first_source_with_a_date_wins() -> None:
         del attributes[f"{name}Date"]
 
 
+def test_a_whole_date_comes_before_a_month() -> None:
+    coarse = {"AcquisitionDateTime": "202401"}
+    assert moment(**coarse)[:8] == "20240101"
+    assert moment(**coarse, AcquisitionDate="20240117")[:8] == "20240117"
+
+
 def test_a_datetime_comes_before_date_and_time() -> None:
     found = moment(
         AcquisitionDateTime="20240101", AcquisitionDate="20240102", AcquisitionTime="10"
@@ -887,8 +893,9 @@ def test_names_sort_as_the_exposures_were_made(base: Path) -> None:
     ]
 
 
-def test_ties_are_broken_by_instance_number_then_name(base: Path) -> None:
-    for number, instance in ((3, 2), (1, 10), (2, 2)):
+@pytest.mark.parametrize("tenth", [10, 100000, 12345679])
+def test_ties_are_broken_by_instance_number_then_name(base: Path, tenth: int) -> None:
+    for number, instance in ((3, tenth - 1), (1, tenth), (2, tenth - 1)):
         write(
             base / "input_dicom" / f"{number}",
             exposure(seed=number),
@@ -1607,10 +1614,10 @@ def test_new_files_are_added_without_renaming_others(base: Path) -> None:
     assert [row["output"] for row in manifest(base)] == after
 
 
-def label(base: Path, path: Path, name: str | None = None) -> None:
+def label(base: Path, path: Path, name: str | None = None) -> Path:
     target = base / "datos_etiquetados" / "TOR" / "deeper" / (name or path.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(target)
+    return path.rename(target)
 
 
 @pytest.mark.parametrize("name", [None, "my favourite.dcm"])
@@ -1784,6 +1791,46 @@ def test_outputs_of_an_older_version_are_known_and_renamed(
     assert all(read(path).ImageComments == "of version 1.0" for path in outputs(base))
     assert run(base) == 0
     assert {path.name for path in outputs(base)} == now
+
+
+@pytest.mark.parametrize("left", ["older version", "no journal"])
+def test_an_output_without_its_original_stays_and_is_listed(
+    base: Path, left: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collection(base, 5)
+    run(base)
+    before = images(base)
+    if left == "older version":
+        written_by_version_1_0(base)
+    else:
+        (base / "f1_descomprimidos" / fase1.STATE).unlink()
+    originals = (p for p in (base / "input_dicom").rglob("*") if p.is_file())
+    for path in sorted(originals)[:3]:
+        path.unlink()
+    capsys.readouterr()
+    for _ in range(2):
+        assert run(base) == 0
+        assert images(base) == before
+        assert [row["output"] for row in manifest(base)] == sorted(
+            path.name for path in outputs(base)
+        )
+    assert "2 files in" in capsys.readouterr().out
+
+
+def test_a_labelled_file_with_other_stored_values_is_named(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an older version left, which took unused bits for pixels."""
+    collection(base, 2)
+    run(base)
+    path = label(base, outputs(base)[0])
+    dataset = read(path)
+    dataset.PixelData = bytes(len(dataset.PixelData))
+    dataset.save_as(path)
+    (base / "f1_descomprimidos" / fase1.STATE).unlink()
+    assert run(base) == 0
+    assert f"differs in its stored values from {path}" in caplog.text
+    assert len(outputs(base)) == 2
 
 
 def test_a_touched_input_of_an_older_version_is_not_written_again(

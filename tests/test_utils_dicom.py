@@ -1,6 +1,7 @@
 """Reading and decoding: every syntax, repaired file meta, refused streams."""
 
 import os
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -27,7 +28,7 @@ from dicom_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import uid
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 
 import fase1_descompresion as fase1
 import utils
@@ -491,6 +492,17 @@ def test_a_copy_of_phase_1_looks_like_its_original(
     assert utils.prepare_image(tmp_path / "out.dcm") == original
 
 
+def test_bits_named_as_an_overlay_are_no_pixels_beside_its_data(tmp_path: Path) -> None:
+    path, stored = write_cells(tmp_path / "x", "overlay", "explicit")
+    dataset = pydicom.dcmread(path)
+    dataset.add_new(0x60003000, "OW", b"ab")
+    dataset.save_as(path)
+    notes, pixels = notes_of(path)
+    assert notes == ""
+    assert np.array_equal(pixels, stored)
+    assert pydicom.dcmread(tmp_path / "out.dcm")[0x60003000].value == b"ab"
+
+
 @pytest.mark.parametrize("name", ["explicit", "RLE"])
 def test_an_overlay_in_unused_bits_is_left_out_with_a_note(
     tmp_path: Path, name: str
@@ -715,6 +727,65 @@ def test_elements_of_the_file_meta_group_have_no_place_in_the_dataset(
     notes, pixels = notes_of(splice(path, element))
     assert "(0002,0010) of 2 bytes left out" in notes
     assert np.array_equal(pixels, exposure())
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless])
+def test_elements_of_a_command_have_no_place_in_the_dataset(
+    tmp_path: Path, syntax: uid.UID
+) -> None:
+    path = write(tmp_path / "x", exposure(), syntax)
+    data = path.read_bytes()
+    at = 144 + struct.unpack_from("<L", data, 140)[0]
+    element = struct.pack("<HH2sHH", 0, 0x0100, b"US", 2, 1)
+    path.write_bytes(data[:at] + element + data[at:])
+    notes, pixels = notes_of(path)
+    assert notes == "(0000,0100) of 2 bytes left out: it has no place there"
+    assert np.array_equal(pixels, exposure())
+
+
+@pytest.mark.parametrize("name", ["JPEG Lossless SV1", "JPEG-LS", "JPEG 2000", "HTJ2K"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_is_behind_a_codestream_is_noted(
+    tmp_path: Path, name: str, twice: bool
+) -> None:
+    path = write(tmp_path / "x", exposure(), SYNTAXES[name])
+    dataset = pydicom.dcmread(path)
+    [stream] = generate_frames(dataset.PixelData, number_of_frames=1)
+    rest = stream if twice else bytes(300)
+    dataset.PixelData = encapsulate([stream + rest])
+    dataset.save_as(path)
+    notes, pixels = notes_of(path)
+    assert notes.endswith("bytes after its codestream left out")
+    assert abs(int(notes.split()[0]) - len(rest)) <= 1  # a stream may end in padding
+    assert np.array_equal(pixels, exposure())
+
+
+def test_data_after_a_deflated_dataset_are_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", exposure(), uid.DeflatedExplicitVRLittleEndian)
+    path.write_bytes(path.read_bytes() + b"rest")
+    notes, pixels = notes_of(path)
+    assert re.fullmatch("[45] bytes after the deflated dataset left out", notes)
+    assert np.array_equal(pixels, exposure())
+
+
+@pytest.mark.parametrize("said", ["1A", "0"])
+def test_a_number_of_frames_that_is_none_is_mended(tmp_path: Path, said: str) -> None:
+    path = write(tmp_path / "x", exposure(), NumberOfFrames="7")
+    data = path.read_bytes()
+    path.write_bytes(
+        data.replace(b"IS\x02\x007 ", b"IS\x02\x00" + said.ljust(2).encode())
+    )
+    notes, pixels = notes_of(path)
+    assert notes == f"NumberOfFrames {said}: taken as 1"
+    assert np.array_equal(pixels, exposure())
+
+
+def test_a_palette_that_cant_be_used_is_refused(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(BUNDLED / "examples_palette.dcm")
+    del dataset.RedPaletteColorLookupTableData
+    dataset.save_as(tmp_path / "x")
+    with pytest.raises(RejectedError, match="palette can't be used"):
+        utils.prepare_image(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["RLE", "JPEG-LS", "HTJ2K"])
