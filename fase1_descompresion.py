@@ -532,19 +532,22 @@ def start_pool(count: int) -> ProcessPool:
         finally:
             ignore(None, False)
         return pool
-    # Started by the other process, it would let interrupts through to all of them.
-    resource_tracker.ensure_running()
+    environment, heard = dict(os.environ), os.dup(2)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    environment = dict(os.environ)
     # It would look in the current folder first, whose files may have any name.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
+        silence(2)  # a worker that is ended while it starts says so
+        # Started by the other process, it would let interrupts through to all of them.
+        resource_tracker.ensure_running()
         forkserver.set_forkserver_preload([Path(__file__).stem])
         forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(environment)
+        os.dup2(heard, 2)
+        os.close(heard)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     context: Any = multiprocessing.get_context("forkserver")
     return ProcessPool(count, initializer=start_worker, context=context)
@@ -552,9 +555,7 @@ def start_pool(count: int) -> ProcessPool:
 
 def start_worker() -> None:
     """What a worker does first. Its decoders may shout: nobody listens."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    silence(1, 2)
 
     def end_with_parent() -> None:
         if parent := multiprocessing.parent_process():
@@ -562,6 +563,14 @@ def start_worker() -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def silence(*streams: int) -> None:
+    """Let nobody hear what this process says there, or one that it starts."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def give_up_after(timeout_s: float, size: float) -> None:

@@ -242,9 +242,12 @@ def announce(
     facts = book.facts
     for server in servers:
         log.info("Ollama %s at %s", server.version, server.url)
+    on_gpu = (
+        "" if cfg.keep_alive == "0" else f", {100 * facts.gpu_share:.0f} % on the GPU"
+    )
     log.info(
-        "describes: %s (%.12s), %.0f %% on the GPU · embeds: %s (%.12s), %d numbers",
-        *(cfg.vlm, facts.vlm_digest, 100 * facts.gpu_share),
+        "describes: %s (%.12s)%s · embeds: %s (%.12s), %d numbers",
+        *(cfg.vlm, facts.vlm_digest, on_gpu),
         *(cfg.embed_model, facts.embedder_digest, facts.probe.size),
     )
     for note in book.notes:
@@ -685,7 +688,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: flags, logging, one line for what a user can mend."""
     cfg, _ = config.parse_config(2, __doc__ or "", argv)
     utils.start_logging(log, cfg)
-    kept = "every answer so far is kept; the same command goes on with it"
+    kept = "answers that came are kept; the same command asks only the rest"
     phase = show_sight if cfg.sight_test_only else run
     return utils.exit_code(lambda: phase(cfg), log.error, kept)
 

@@ -635,7 +635,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     utils.start_logging(log, cfg)
     kept = (
-        "every answer so far is kept, and the same command asks none again; rows, "
+        "answers that came are kept, and the same command asks only the rest; rows, "
         "tiles and copies that waited for a sight test are written then"
     )
     return utils.exit_code(lambda: run(cfg, paths), log.error, kept)

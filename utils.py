@@ -53,7 +53,7 @@ from pathlib import Path
 from socket import gethostname
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import filelock
 import imagecodecs
@@ -323,7 +323,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         replace_file(temporary, path)
     except BaseException as error:
         remove_file(temporary)
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        unnamed = None, str(temporary)  # a write that fails names no file
+        if isinstance(error, OSError) and error.filename in unnamed:
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -521,17 +522,24 @@ class Journal:
             raise FileNotFoundError(
                 errno.ENOENT, os.strerror(errno.ENOENT), str(self.path.parent)
             )
-        with self._lock:
-            self.refresh()
-            with self.path.open("ab") as file:
-                if file.tell() > self._read_to:  # a torn line must not swallow this
-                    file.write(b"\n")
-                file.write(data)
-                file.flush()
-                if time.monotonic() - self._synced >= self._every:
-                    os.fsync(file.fileno())
-                    self._synced = time.monotonic()
-            self.refresh()
+        try:
+            with self._lock:
+                self.refresh()
+                self._append(self.path, data)
+                self.refresh()
+        except OSError as error:  # a write that fails names no file
+            error.filename = error.filename or str(self.path)
+            raise
+
+    def _append(self, path: Path, data: bytes) -> None:
+        with path.open("ab") as file:
+            if file.tell() > self._read_to:  # a torn line must not swallow this
+                file.write(b"\n")
+            file.write(data)
+            file.flush()
+            if time.monotonic() - self._synced >= self._every:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
 
     def _take(self, line: bytes) -> None:
         try:
@@ -2669,8 +2677,13 @@ def server_url(cfg: config.Config) -> str:
     A server bound to every interface (0.0.0.0, [::]) is reached at the loopback
     address. A user and password go to the server but never into a message.
     """
+    return _address(cfg)[0]
+
+
+def _address(cfg: config.Config) -> tuple[str, tuple[str, str] | None]:
+    """Address of a server, and user and password if there are any."""
     host = cfg.host_url.strip().strip("\"'")
-    if host.count(":") > 1 and "[" not in host and "/" not in host:
+    if host.count(":") > 1 and not {"[", "/", "@"} & {*host}:
         host = f"[{host}]"  # a bare IPv6 address
     try:
         address = urlsplit(host if "://" in host else f"http://{host}")
@@ -2686,7 +2699,9 @@ def server_url(cfg: config.Config) -> str:
             "OLLAMA_HOST) like http://127.0.0.1:11434"
         ) from None
     name = f"[{name}]" if ":" in name else name
-    return f"{address.scheme}://{name}:{port}{address.path.rstrip('/')}"
+    login = unquote(address.username or ""), unquote(address.password or "")
+    path = address.path.rstrip("/")
+    return f"{address.scheme}://{name}:{port}{path}", login if login[0] else None
 
 
 def is_loopback(url: str) -> bool:
@@ -2779,16 +2794,17 @@ class VlmServer:
 
         if way:
             return _ollama().AsyncClient("http://dask", transport=way)
-        login, near = urlsplit(self._cfg.host_url), is_loopback(self.url)
+        login, near = _address(self._cfg)[1], is_loopback(self.url)
+        encrypted = self.url.startswith("https")
         try:
             return _ollama().AsyncClient(
                 self.url,
                 timeout=httpx.Timeout(None, connect=CONNECT_S, write=60.0),
                 trust_env=not near,
-                # Certificates take 20 ms to read.
-                verify=not near or self.url.startswith("https"),
+                # Certificates take 20 ms to read; SSL_CERT_FILE may name them.
+                verify=httpx.create_ssl_context() if encrypted else False,
                 follow_redirects=False,
-                auth=(login.username, login.password or "") if login.username else None,
+                auth=login,
             )
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             raise PipelineError(
@@ -2893,9 +2909,13 @@ class VlmServer:
 
     async def _check_embedder(self) -> None:
         """Raise PipelineError where the probe's embedding is not what it was."""
-        text, probe = embed_prefix(self._cfg) + config.PROBE_SENTENCE, None
-        with suppress(RejectedError):
+        text = embed_prefix(self._cfg) + config.PROBE_SENTENCE
+        try:
             [probe] = await self._embed([text])
+        except RejectedError as error:
+            raise PipelineError(
+                f"{error}, then run the same command again; every answer is kept"
+            ) from None
         if probe is None or cosine(probe, self.facts.probe) < SAME_EMBEDDING:
             raise PipelineError(
                 f"{self._cfg.embed_model} on the server at {self.url} (Ollama "
@@ -3094,7 +3114,9 @@ class VlmServer:
 
         async def look(state: tenacity.RetryCallState) -> None:
             failure = state.outcome and state.outcome.exception()
-            if isinstance(failure, _server_away()) and not self.away:
+            status = getattr(failure, "status_code", 0)
+            is_away = isinstance(failure, _server_away()) or status in _GATEWAY
+            if is_away and not self.away:
                 self.away = bool(await self._missing())
 
         def may_pass(error: BaseException) -> bool:
@@ -3116,7 +3138,7 @@ class VlmServer:
             if remedy := _remedy(error):
                 message = f"the server at {self.url} {why}: {remedy}"
                 raise PipelineError(message) from None
-            self.note(False, f"request {len(self._noted)}", why)
+            self.note(False, "", why)
             raise RejectedError(
                 f"the server at {self.url} {why}: see its log"
             ) from None
@@ -3124,19 +3146,23 @@ class VlmServer:
     def note(self, usable: bool, about: str, said: str) -> None:
         """Stop a run whose server is ill: it is not the images.
 
-        Takes every answer, and why there is none to a request that was given up.
+        Takes every answer, and the image that it is about; "" and why, where a request
+        was given up.
         """
-        self._noted.append((usable, about))
+        self._noted.append((usable, about or str(len(self._noted))))
         last = self._noted[-BAD_ANSWERS:]
         bad = [one for one_usable, one in last if not one_usable]
         start = len(self._noted) == BAD_ANSWERS and len(bad) > BAD_ANSWERS / 2
         if start or (len(bad) == BAD_ANSWERS and len(set(bad)) > 1):
+            other = (
+                ", try another version of Ollama or another --vlm (one that thinks "
+                "needs a larger --num-predict)"
+            )
             raise PipelineError(
                 f"the server at {self.url} (Ollama {self.version}) gives no usable "
                 f"answer to {len(bad)} of {BAD_ANSWERS} questions (the last: "
-                f"{' '.join(said.split())[:60]!r}): see its log, restart it, try "
-                "another version of Ollama or another --vlm (one that thinks needs a "
-                "larger --num-predict); then the same command asks these again"
+                f"{' '.join(said.split())[:100]!r}): see its log, restart it"
+                f"{other if about else ''}; then the same command asks these again"
             )
 
     async def _missing(self) -> str:
@@ -3214,6 +3240,9 @@ def _may_pass(error: BaseException) -> bool:
     return status != 413 and (status != 400 or "EOF" in str(error))
 
 
+_GATEWAY = (502, 503, 504)
+"""What stands before the server does not reach it, or the server has too much to do."""
+
 _STATUS_REMEDIES = {
     401: "set OLLAMA_API_KEY, or a user and password in --host",
     403: "something between refuses: add the server to NO_PROXY, or set OLLAMA_ORIGINS",
@@ -3251,6 +3280,8 @@ def _short(error: BaseException) -> str:
         text = "its certificate is not trusted"
     elif isinstance(error, ConnectionError):
         text = "no connection"
+    elif type(error).__name__ == "ValidationError":  # of pydantic, in many lines
+        text = "the answer is not of Ollama's form"
     with suppress(ValueError, KeyError, TypeError):
         nested = json.loads(text)["error"]
         text = nested["message"] if isinstance(nested, dict) else str(nested)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
+import httpx
 import numpy as np
 import phantoms
 import pytest
@@ -184,6 +185,7 @@ def test_the_first_load_is_the_last(fake: FakeOllama, picture: PreparedImage) ->
         ("10.0.0.0", "http://10.0.0.0:11434"),
         ('"127.0.0.1:99"', "http://127.0.0.1:99"),
         ("https://me:secret@there", "https://there:443"),
+        ("me:secret@10.0.0.1:99", "http://10.0.0.1:99"),
     ],
 )
 def test_an_address_is_completed_as_ollama_does(host: str, url: str) -> None:
@@ -398,6 +400,26 @@ def test_a_server_that_goes_away_is_waited_for(
     assert describe(knobs(fake), picture).usable
 
 
+def test_a_server_behind_a_gateway_that_does_not_reach_it_is_waited_for(
+    fake: FakeOllama, picture: PreparedImage
+) -> None:
+    """It says so for longer than a request is tried again."""
+    gone = {"fault": "html_502", "times": 2 * utils.TRIES}
+    chat = {"endpoint": "/api/chat", "when": QUESTION.prompt, **gone}
+    fake.control(script=[chat, {"endpoint": "/api/ps", "when": 2, **gone}])
+    with pytest.raises(PipelineError, match=r"has not answered.*HTTP 502"):
+        describe(knobs(fake, "--wait", "0.1"), picture)
+
+
+def test_a_login_goes_to_the_server_as_it_was_meant() -> None:
+    for host in ("me:a%40b@localhost", '"http://me:a%40b@localhost:99"'):
+        server = VlmServer(Config(host=host), print)
+        assert "a@b" not in server.url
+        assert isinstance(server.http.auth, httpx.BasicAuth)
+        request = next(server.http.auth.auth_flow(httpx.Request("GET", server.url)))
+        assert request.headers["authorization"] == "Basic bWU6YUBi"
+
+
 def test_a_server_that_stays_away_stops_the_run(
     fake: FakeOllama, picture: PreparedImage
 ) -> None:
@@ -596,9 +618,12 @@ def test_an_idle_slot_takes_questions_of_an_image_that_has_many_left(
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes no certificate")
-def test_a_certificate_that_nobody_has_signed_is_named(tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_has_signed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pem = str(tmp_path / "both.pem")
     made = ["-newkey", "rsa:2048", "-subj", "/CN=localhost", "-keyout", pem]
+    made += ["-addext", "subjectAltName=DNS:localhost"]
     subprocess.run(
         ["openssl", "req", "-x509", "-nodes", *made, "-out", f"{pem}.crt"],
         check=True,
@@ -620,6 +645,10 @@ def test_a_certificate_that_nobody_has_signed_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(PipelineError, match=r"certificate is not trusted.*SSL_CERT"):
         utils.run_async(main())
+    monkeypatch.setenv("SSL_CERT_FILE", f"{pem}.crt")
+    with pytest.raises(PipelineError, match="no Ollama answers") as caught:
+        utils.run_async(main())
+    assert "certificate" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
