@@ -644,6 +644,8 @@ class Known:
 
     def key(self, source: Path) -> str:
         """What a file of the input is called in the journal and the lists."""
+        if source.parent == self.folder:  # an output whose original is gone
+            return f"{self.folder.name}/{source.name}"
         return source.as_posix().removeprefix(f"{self.source_dir.as_posix()}/")
 
     def is_done(self, source: Path, facts: Facts) -> bool:
