@@ -780,6 +780,9 @@ def rate_decisions(
         answered["warning"] = (
             f'no confidence is safe: phase 4 will only say "{config.INCONCLUSIVE}"'
         )
+    alone_words = "answered with --one-reader"
+    if all(min(each["one_reader"].values()) >= NEVER for each in stages):
+        alone_words += ", of which this model will answer none"
     upper = wrong["interval"][1]
     if wrong["n"] and upper > aim:
         wrong["warning"] = (
@@ -794,7 +797,7 @@ def rate_decisions(
         "questions": mean_estimate(
             decided["questions"].mean(axis=0), "per known image"
         ),
-        "one reader": share_of(alone >= 0, words="answered with --one-reader"),
+        "one reader": share_of(alone >= 0, words=alone_words),
         "one reader wrong": share_of(alone != data.labels, alone >= 0, "of those"),
     }
 

@@ -136,7 +136,7 @@ def doubts(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
     """What a person should know of the model before it answers."""
     asked, stages = cfg.inference_descriptions, metrics["thresholds"]["stages"]
     trained, measured = metrics["k"], metrics.get("k_measured", metrics["k"])
-    if asked != trained:
+    if str(asked) not in stages:
         yield (
             f"thresholds were chosen for {trained} descriptions an image, now {asked}"
         )
@@ -145,9 +145,10 @@ def doubts(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
             f"the thresholds were measured with {measured} descriptions an image, all "
             "that training had"
         )
-    if [*stages] == [str(asked)]:
+    if len(stages) == 1:
         yield f"the model has one stage: what is asked anything is asked all {asked}"
-    if all(min(one["confidence"].values()) >= utils.NEVER for one in stages.values()):
+    kind = "one_reader" if cfg.one_reader else "confidence"
+    if all(min(one[kind].values()) >= utils.NEVER for one in stages.values()):
         yield (
             f'no confidence is safe in this model: every image is "'
             f'{config.INCONCLUSIVE}" (see phase 3)'
@@ -166,8 +167,6 @@ class Result:
     pixels: NDArray[np.float32] | None = None
     """(40,), `utils.picture_statistics`."""
     texts: list[str] = field(default_factory=list)
-    was_asked: bool = False
-    """In this run: what the journal had was confirmed before."""
     error: str = ""
     decision: Decision | None = None
 
@@ -230,6 +229,7 @@ class Inference:
 
         if sight and not sight.is_recent(answers=500, minutes=30):
             await test(may_drop=self.cfg.any_host)
+        self.bar.reset()  # time left is by what the images need
         await utils.image_by_image(
             begin(), look_at, self.finish, slots, lambda: test(TEST_EVERY)
         )
@@ -249,6 +249,7 @@ class Inference:
                     result.error = str(error)
         while self.begun and (self.begun[0].decision or self.begun[0].error):
             self.show(self.begun.popleft())
+            self.bar.update()
 
     async def decide(
         self, result: Result, picture: utils.PreparedImage, turn: utils.Turn
@@ -267,19 +268,21 @@ class Inference:
         if decision.reason and not cfg.ask_all:
             return decision
         asked = utils.questions("generic", cfg.inference_descriptions)
-        answers = self.book.of(picture)
-        for stage in [s for s in model.stages if s < len(asked)] + [len(asked)]:
+        answers, final, was_asked = self.book.of(picture), None, False
+        for stage in [s for s in model.stages[:-1] if s < len(asked)] + [len(asked)]:
             some, turn.stays = asked[:stage], stage < len(asked)
-            if any(answers.chosen(question) is None for question in some):
-                self.asked += not result.was_asked
-                result.was_asked = True
+            is_open = any(answers.chosen(question) is None for question in some)
+            self.asked += is_open and not was_asked
+            was_asked |= is_open
             await utils.ask(picture, some, answers, turn)
             result.texts = answers.texts(some)
             limits = [s for s in model.stages if s >= stage] or model.stages[-1:]
             decision = decided(rows=answers.rows(some), stage=limits[0])
-            if decision.final and not cfg.ask_all:
+            # Whatever is asked further: phase 3's figures are those of this rule.
+            final = final or (decision if decision.final else None)
+            if final and not cfg.ask_all:
                 break
-        return decision
+        return final or decision
 
     def show(self, result: Result) -> None:
         """Print one result, for a person or as a line of JSON."""
@@ -289,7 +292,6 @@ class Inference:
             lines += details(found)
         with tqdm.external_write_mode(sys.stdout):
             print(*lines, sep="\n", flush=True)
-        self.bar.update()
         self.shown.append((result, found))
         if self.cfg.no_sight_test:
             self.settle()
@@ -303,10 +305,10 @@ class Inference:
         self.shown.clear()
 
     def withdraw(self) -> None:
-        """The server does not see: of what waits stands only what was not asked."""
+        """The server does not see: what hangs on answers that were set aside goes."""
         waiting, self.shown = self.shown, []
         for result, found in waiting:
-            if result.was_asked:
+            if result.texts and found["image_id"] in self.book.doubted:
                 result.decision, result.error = None, "withdrawn: the sight test failed"
                 self.show(result)
             else:
@@ -361,7 +363,8 @@ def details(found: Record) -> Iterator[str]:
     for said, nearest in opinions(found):
         yield f"    {said}, nearest in training: {', '.join(nearest)}"
     if "error" not in found:
-        yield f"    {found['questions']} questions, decided at {found['stage']}"
+        limits = f"decided by the limits of {found['stage']}"
+        yield f"    questions: {found['questions']}, {limits}"
         for text in found["descriptions"]:
             yield f"    - {' '.join(text.split())}"
 
@@ -590,7 +593,8 @@ async def classify(
             "warnings": warnings,
         }
         opened.enter_context(logging_redirect_tqdm())
-        bar = tqdm(total=len(files), unit="image", disable=cfg.quiet or None)
+        hidden = cfg.quiet or None  # None: off a terminal
+        bar = tqdm(total=len(files), unit=" images", disable=hidden, smoothing=0)
         opened.enter_context(bar)
         images = Inference(servers, model, book, sinks, made_with, bar, cfg)
         await images.run(files)
@@ -606,7 +610,8 @@ def summary(settled: Mapping[int, int]) -> str:
     counts = {asked: n for asked, n in sorted(settled.items()) if asked >= 0}
     after = ", ".join(f"{n} after {asked}" for asked, n in counts.items())
     mean = sum(asked * n for asked, n in counts.items()) / max(sum(counts.values()), 1)
-    return f"images by questions: {after or 'none'} (mean {mean:.1f})"
+    failed = f", {settled[-1]} failed" if settled.get(-1) else ""
+    return f"images by questions: {after or 'none'} (mean {mean:.1f}){failed}"
 
 
 def open_book(cfg: Config, facts: ServerFacts, opened: AsyncExitStack) -> AnswerBook:

@@ -1780,6 +1780,8 @@ class AnswerBook:
         """Answers of this run."""
         self.distrusted: PipelineError | None = None
         """Why no further answer of this run is kept."""
+        self.doubted: set[str] = set()
+        """Ids of the images of which answers were set aside in this run."""
         self.servers = self._open(self.SERVERS)
         self.notes: list[str] = []
         """What a person should know of the server against the last one."""
@@ -1845,6 +1847,8 @@ class AnswerBook:
         for journal, keys in self._since(moment, server):
             journal.add({"taken_back": keys})
             count += len(keys)
+            if journal.path:
+                self.doubted.add(journal.path.stem)
         return count
 
     def _since(

@@ -387,10 +387,10 @@ def test_an_embedder_of_another_size_is_refused_even_with_force(
 def test_another_number_of_descriptions_than_in_training_is_said(
     base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert phase4(base, server, "--json", "--descriptions", 3, new) == 0
+    assert phase4(base, server, "--json", "--descriptions", 4, new) == 0
     for result in json_lines(capsys):
         assert result["warnings"] == [
-            "thresholds were chosen for 5 descriptions an image, now 3"
+            "thresholds were chosen for 5 descriptions an image, now 4"
         ]
 
 
@@ -627,6 +627,26 @@ def test_a_blind_server_withdraws_what_was_shown_since_the_last_pass(
     assert list((tmp_path / "to").iterdir()) == []
 
 
+def test_what_hangs_on_answers_that_were_set_aside_is_withdrawn(
+    base: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a second file of the same pixels, and what an earlier run had asked."""
+    monkeypatch.setattr(fase4, "TEST_AT_END", 0)
+    table, copies = tmp_path / "r.csv", tmp_path / "to"
+    shutil.copyfile(new / "MTF", new / "MTF again")
+    with FakeOllama() as fake:
+        phase4(base, fake, "--ask-all", new / "FDT")  # without a sight test
+        fake.control(faults={"blind": 1.0})
+        monkeypatch.setattr(utils.SightTest, "is_recent", lambda *_, **__: True)
+        flags = [f for f in server_flags(fake.url) if f != "--no-sight-test"]
+        more = ["--ask-all", "--csv", str(table), "--copy-to", str(copies)]
+        code = fase4.main(["--base", str(base), *flags, *K, *more, str(new)])
+    assert code == 2
+    errors = [row["error"] for row in utils.read_csv(table)]
+    assert errors == ["withdrawn: the sight test failed"] * 4
+    assert list(copies.iterdir()) == []
+
+
 def answer_only_at(base: Path, stage: int) -> None:
     def change(metrics: dict[str, Any]) -> None:
         for name, limits in metrics["thresholds"]["stages"].items():
@@ -661,6 +681,40 @@ def killed(*given, rows, **more):
 utils.decide = killed
 fase4_inferencia_vlm.main()
 """
+
+
+@pytest.mark.parametrize(("number", "stages"), [(3, {3}), (5, {3, 5}), (7, {3, 7})])
+def test_the_number_of_descriptions_is_that_of_the_second_stage(
+    base: Path, new: Path, number: int, stages: set[int]
+) -> None:
+    answer_only_at(base, 99)
+    with FakeOllama() as fake:
+        seen = set()
+        fase4_ask = utils.ask
+
+        async def ask(picture: Any, some: Any, *more: Any) -> None:
+            seen.add(len(some))
+            await fase4_ask(picture, some, *more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "ask", ask)
+            flags = ("--one-reader", "--descriptions", number)
+            phase4(base, fake, *flags, new)
+    assert seen == stages
+
+
+def test_asking_all_changes_no_decision(
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_only_at(base, 3)
+    phase4(base, server, "--json", "--one-reader", new)
+    few = json_lines(capsys)
+    phase4(base, server, "--json", "--one-reader", "--ask-all", new)
+    ten = json_lines(capsys)
+    assert {len(one["descriptions"]) for one in few} == {3}
+    assert {len(one["descriptions"]) for one in ten} == {5}
+    for name in ("class", "confidences", "stage", "reason"):
+        assert [one[name] for one in few] == [one[name] for one in ten]
 
 
 def test_a_run_killed_between_the_stages_asks_only_the_second(
