@@ -972,9 +972,10 @@ def place_labels(cfg: Config) -> int:
     A file of phase 1's is moved, one with an absolute path copied. What is not clear
     stays where it is, and is listed.
     """
-    rows = [row for path in cfg.labels for row in read_labels(path)]
-    lines = Counter(file for file, _ in rows)
     labels, done = Labels(cfg), Counter[str]()
+    listed = (row for path in cfg.labels for row in read_labels(path))
+    rows = [(labels.own_name(file), label) for file, label in listed]
+    lines = Counter(file for file, _ in rows)
     for file, label in dict.fromkeys(rows):
         try:
             if lines[file] > 1:
@@ -996,10 +997,13 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
     try:
         rows = utils.read_csv(path)
     except (OSError, ValueError, csv.Error) as error:
-        raise PipelineError(f"{path} can't be read: {error}") from None
-    if not all({"file", "class"} <= {*row} for row in rows):
         raise PipelineError(
-            f"{path} is not a list that a page saved: its first line must be file,class"
+            f"{path} can't be read: {error}: name the list where your browser saved it"
+        ) from None
+    if not rows or not all({"file", "class"} <= {*row} for row in rows):
+        raise PipelineError(
+            f"{path} is not a list that a page saved, or an empty one: its first line "
+            "must be file,class"
         )
     return [(row["file"] or "", row["class"] or "") for row in rows]
 
@@ -1010,6 +1014,7 @@ class Labels:
     def __init__(self, cfg: Config) -> None:
         self._cfg, self._folder = cfg, cfg.folder("labelled_dir")
         self._journal = utils.Journal(cfg.folder("decompressed_dir") / STATE)
+        self._answers = cfg.folder("dataset_dir") / config.JOURNAL_DIR
         there = self._folder.iterdir() if self._folder.is_dir() else ()
         names = {path.name for path in there if path.is_dir()}
         self._classes = {name for name in names if not name.startswith(".")}
@@ -1044,6 +1049,11 @@ class Labels:
         if image_id:
             self._ids[image_id] = target
             self._confirm(image_id, label)
+        elif self._answers.is_dir():  # phase 4 may have copied it into this class
+            with suppress(RejectedError):
+                image_id = utils.prepare_image(target).image_id
+                if (self._answers / f"{image_id}.jsonl").exists():
+                    self._confirm(image_id, label)
         return f"{'moved' if ours else 'copied'} {clean(file)} to {label}"
 
     def _check_class(self, label: str) -> None:
@@ -1054,11 +1064,14 @@ class Labels:
         if (self._folder / label).is_symlink():
             raise RejectedError(f"{self._folder / label} is a link: no phase reads it")
 
+    def own_name(self, file: str) -> str:
+        """The name of a file of phase 1's, also where a page of phase 4 showed it."""
+        path, own = Path(file), self._cfg.folder("decompressed_dir").resolve()
+        return path.name if path.is_absolute() and path.parent == own else file
+
     def _source(self, file: str) -> tuple[Path, bool]:
         """The file that a line means, and whether it is phase 1's."""
         own, path = self._cfg.folder("decompressed_dir"), Path(file)
-        if path.is_absolute() and path.parent == own.resolve():
-            file = path.name  # a page of phase 4 showed it
         if self._journal.get(f"output/{file}") is not None:
             return own / file, True
         if not path.is_absolute():
@@ -1078,10 +1091,9 @@ class Labels:
         """Keep for phase 2 that a person gave this class, whatever phase 4 said."""
         if self._cfg.dry_run:
             return
-        journals = self._cfg.folder("dataset_dir") / config.JOURNAL_DIR
-        journals.mkdir(parents=True, exist_ok=True)
-        path = journals / f"{image_id}.jsonl"
-        journal = utils.Journal(path, lock_file=journals / ".lock")
+        self._answers.mkdir(parents=True, exist_ok=True)
+        path = self._answers / f"{image_id}.jsonl"
+        journal = utils.Journal(path, lock_file=self._answers / ".lock")
         journal.add({"key": "confirmed", "class": label})
 
 

@@ -1255,7 +1255,8 @@ def report_sheet(data: Dataset, metrics: Mapping[str, Any]) -> utils.Sheet:
     matrix: list[list[str | tuple[str, str]]] = [["is", *(f"→ {n}" for n in names)]]
     for name in names:
         states = [f"{name} → {says}" for says in names]
-        matrix.append([name, *((str(behind[state]), state) for state in states)])
+        cells = ((str(behind[s]), s) if behind[s] else "0" for s in states)
+        matrix.append([name, *cells])
     thumbnails = (folder / config.THUMBNAIL_DIR / f"{own}.jpg" for own in near)
     made, held_out, *_ = report_lines(metrics, verbose=False)
     return utils.Sheet(

@@ -341,13 +341,15 @@ def record(result: Result, made_with: Mapping[str, Any]) -> Record:
 
 def line(found: Record) -> str:
     """One result for a person: file, class, confidences, and why if inconclusive."""
+    # A name of several lines must not look like another result.
+    file = "".join(one if one.isprintable() else ascii(one) for one in found["file"])
     if "error" in found:
-        return f"{found['file']}: failed: {found['error']}"
+        return f"{file}: failed: {found['error']}"
     shares = ", ".join(f"{name} {p:.1%}" for name, p in found["confidences"].items())
     seen = found["picture_says"]
     picture = f"picture {seen['label']}" if seen else ""
     parts = filter(None, (found["class"], shares, picture, found["reason"]))
-    return f"{found['file']}: {' · '.join(parts)}"
+    return f"{file}: {' · '.join(parts)}"
 
 
 def opinions(found: Record) -> Iterator[tuple[str, Sequence[str]]]:

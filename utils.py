@@ -416,7 +416,7 @@ def class_name_problem(names: Iterable[str]) -> str:
         plain = unicodedata.normalize("NFC", name).strip().casefold()
         if plain.replace("_", " ") == config.INCONCLUSIVE:
             return f"{name!r} is what phase 4 says of doubtful images: rename it"
-        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        if any(unicodedata.category(letter) in ("Cc", "Cf", "Cs") for letter in name):
             return f"{name!r} has characters that are not text: rename it"
         if (other := seen.setdefault(plain, name)) != name:
             return (
@@ -3592,7 +3592,8 @@ PAGE_TILES = 500
 HOW_TO_MARK = (
     "To mark images: click, Shift+click or drag over a run, Ctrl+click, or arrow keys "
     "and Space. To give them a class: its key (1 to 9) or n and a name; u takes it "
-    "back. Save, then run: python fase1_descompresion.py --labels etiquetas.csv"
+    "back. Save, then run: python fase1_descompresion.py --labels FILE, with the list "
+    "where your browser saved it (it numbers a second one)"
 )
 
 
@@ -3752,8 +3753,7 @@ _PAGE = r"""<!doctype html>
 <path class="span" d="M{{ x(p[0]) }} {{ y(p[2]) }}V{{ y(p[3]) }}"/>
 <circle cx="{{ x(p[0]) }}" cy="{{ y(p[1]) }}" r="3"><title>{{ shown(p[0], c.x_max)
  }}: {{ shown(p[1]) }} ({{ shown(p[2]) }} to {{ shown(p[3]) }})</title></circle>
-{% endfor %}</svg></figure>{% endmacro %}
-<html lang="en"><meta charset="utf-8">
+{% endfor %}</svg></figure>{% endmacro %}<html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src data: 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><title>{{ sheet.title }}</title>
 <style>
@@ -3817,8 +3817,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 <button data-show="{{ cell[1] }}" title="{{ cell[1] }}">{{ cell[0] }}</button>
 {% endif %}</{{ tag }}>{% endfor %}</tr>{% endfor %}</table>
 <div class="row">{% for c in s.charts %}{{ chart(c) }}{% endfor %}</div></section>
-{% endfor %}</div>
-<div id="bar" class="row">
+{% endfor %}</div><div id="bar" class="row">
 <input id="find" type="search" placeholder="find text ( / )" aria-label="find text">
 <select id="only" aria-label="class or state"><option value="">all<option>no class
 {% for name in sheet.tiles|map(attribute="state")|unique if name %}
@@ -3846,30 +3845,31 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 {% set part = "%.1f%%"|format(share * 100) %}
 <div class="share" style="--share: {{ part }}"> {{ part }} <bdi>{{ name }}</bdi></div>
 {% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
-<h3><bdi>{{ t.name }}</bdi></h3>
-<div class="rest row">{% for key, name in t.near %}
+<h3><bdi>{{ t.name }}</bdi></h3><div class="rest row">{% for key, name in t.near %}
 <small>{{ picture(key, name) }}<bdi>{{ name.split("/")[0] }}</bdi></small>
 {% endfor %}</div>
 {% if t.details %}<details class="rest"><summary>descriptions</summary>
 {% for line in t.details %}<p><bdi>{{ line }}</bdi></p>{% endfor %}</details>{% endif %}
-</article>
-{% endfor %}</main>
+</article>{% endfor %}</main>
 <footer class="dim">{% for line in sheet.foot %}<p>{{ line }}</p>{% endfor %}</footer>
 <script>
 const $ = (id) => document.getElementById(id), data = document.body.dataset;
 const all = (css) => [...document.querySelectorAll(css)], main = all("main")[0];
-const tiles = all(".tile"), nodes = [...main.children], store = "marks " + data.folder;
+const tiles = all(".tile"), nodes = [...main.children];
 const colours = ["#56b4e9", "#e69f00", "#2fb58a", "#f0e442", "#cc79a7", "#d5733c"];
-let marks = new Map(), names = [], anchor = null, drag = false;
+let marks = new Map(), names = [], given = [], anchor = null, drag = false;
 const box = (tile) => tile.querySelector("input");
 const seen = () => all(".mark:not([hidden])");
 const chosen = () => seen().filter((tile) => box(tile).checked);
 const saved = () => tiles.filter((tile) => marks.get(tile.dataset.file));
 const say = (text) => { $("said").textContent = text; };
+const kept = (key) => JSON.parse(localStorage.getItem(key + data.folder) || "[]");
+const keep = (k, v) => localStorage.setItem(k + data.folder, JSON.stringify([...v]));
 function load() { // another window may have changed them
-  try { marks = new Map(JSON.parse(localStorage.getItem(store) || "[]")); } catch {}
+  try { marks = new Map(kept("marks ")); names = kept("names "); } catch {}
 }
 function chose() {
+  if (chosen().length) given = [];
   for (const tile of all(".mark")) tile.classList.toggle("on", box(tile).checked);
   const shown = `${all(".tile:not([hidden])").length} shown`;
   say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
@@ -3881,7 +3881,7 @@ function choose(from, to) { // marks the images from one to another, and no othe
   chose();
 }
 function show() {
-  const count = new Map(JSON.parse(data.classes).map((name) => [name, 0]));
+  const count = new Map([...JSON.parse(data.classes), ...names].map((n) => [n, 0]));
   const text = $("find").value.toLowerCase(), only = $("only").value;
   for (const tile of tiles) {
     const mine = marks.get(tile.dataset.file) || "", name = mine || tile.dataset.label;
@@ -3909,14 +3909,15 @@ function show() {
   chose();
 }
 function give(name) {
-  const some = chosen().length ? chosen() : [document.activeElement.closest(".mark")];
+  const some = [chosen(), given].find((list) => list.length)
+    || [document.activeElement.closest(".mark")];
   if (!some[0]) return say("Mark images first: click, drag, or arrow keys and Space.");
   if (/^[.\s]|[\\/:*?"<>|\x00-\x1f]|[.\s]$/.test(name))
     return say("No folder can have that name.");
   load();
   for (const tile of some) marks.set(tile.dataset.file, name);
-  show();
-  try { localStorage.setItem(store, JSON.stringify([...marks])); }
+  choose(); given = some; show(); // the same key again corrects what was just given
+  try { keep("marks ", marks); keep("names ", names); }
   catch { say("This browser forgets the classes with the page: save before."); }
 }
 function move(step, extend) {
@@ -3924,7 +3925,7 @@ function move(step, extend) {
   const to = list[here ? list.indexOf(here) + step : 0];
   if (!to) return;
   if (extend) choose(anchor ||= here, to); else anchor = to;
-  box(to).focus();
+  given = []; box(to).focus();
 }
 $("save").onclick = () => {
   const cell = (text) => '"' + text.replace(/^[=+\-@\t\r']/, "'$&") // no formula
@@ -3934,7 +3935,7 @@ $("save").onclick = () => {
   const blob = new Blob(["\ufeff", ...csv], { type: "text/csv" });
   const link = { href: URL.createObjectURL(blob), download: data.save };
   Object.assign(document.createElement("a"), link).click();
-  say(`Next: python fase1_descompresion.py --labels ${data.save}`);
+  say(`Next: python fase1_descompresion.py --labels PATH/TO/${data.save}`);
 };
 main.onmousedown = (event) => {
   const tile = event.target.closest(".mark");
@@ -3972,10 +3973,10 @@ $("order").oninput = () => {
 };
 for (const button of all("[data-show]")) button.onclick = () => {
   $("only").value = button.dataset.show; show(); $("bar").scrollIntoView();
+  if (!$("only").value) say("Its images are on another page.");
 };
 const first = new Map(all("img[src]").map((img) => [img.dataset.key, img.src]));
 for (const img of all("img:not([src])")) img.src = first.get(img.dataset.key) || "";
-$("give").hidden = !all(".mark").length;
-(onstorage = () => { load(); show(); })();
+$("give").hidden = !all(".mark").length; (onstorage = () => { load(); show(); })();
 </script>
 """

@@ -308,6 +308,37 @@ def test_an_absolute_path_is_copied_and_the_answer_confirmed(base: Path) -> None
     assert journal.get("confirmed") == {"class": "TOR"}
 
 
+def test_one_file_under_two_names_is_left(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = names(base)[0]
+    path = (base / "f1_descomprimidos" / first).resolve()
+    lists = [list_of(base, (first, "TOR")), list_of(base, (str(path), "FDT"))]
+    assert phase1(base, "--labels", *lists) == 1
+    assert labelled(base) == []
+    assert "stands in 2 lines" in caplog.text
+
+
+def test_a_moved_file_that_phase_4_copied_is_confirmed(base: Path) -> None:
+    first, second = names(base)[:2]
+    folder = base / "dataset_final_vlm" / config.JOURNAL_DIR
+    folder.mkdir(parents=True)
+    copied = utils.prepare_image(base / "f1_descomprimidos" / first).image_id
+    journal = utils.Journal(folder / f"{copied}.jsonl")
+    journal.add({"key": "copied", "class": "MTF", "to": "x", "time": "2026-01-01"})
+    path = list_of(base, (first, "MTF"), (second, "MTF"))
+    assert phase1(base, "--labels", path) == 0
+    journal.refresh()
+    assert journal.get("confirmed") == {"class": "MTF"}
+    assert len(list(folder.glob("*.jsonl"))) == 1  # of no other image one is made
+
+
+@pytest.mark.parametrize("name", ["\ufeffFDT", "F\u200bDT", "a\u202eb"])
+def test_a_class_name_with_invisible_letters_is_refused(base: Path, name: str) -> None:
+    assert phase1(base, "--labels", list_of(base, (names(base)[0], name))) == 1
+    assert labelled(base) == []
+
+
 def test_an_absolute_path_to_an_output_moves_it(base: Path) -> None:
     first = names(base)[0]
     path = (base / "f1_descomprimidos" / first).resolve()
@@ -352,6 +383,8 @@ def test_a_file_that_is_not_a_list_is_refused(
     path.write_text("name;label\nx;y\n")
     assert phase1(base, "--labels", path) == 2
     assert "its first line must be file,class" in caplog.text
+    path.write_text("")
+    assert phase1(base, "--labels", path) == 2
     assert phase1(base, "--labels", base / "missing.csv") == 2
     assert "missing.csv can't be read" in caplog.text
 

@@ -457,6 +457,35 @@ def test_an_image_that_is_not_shown_gets_no_class(window: Any, tmp_path: Path) -
     assert given_classes(window) == dict.fromkeys(odd, "MTF")
 
 
+def test_a_key_gives_its_class_to_what_is_marked_now(
+    window: Any, tmp_path: Path
+) -> None:
+    """Not to what got a class before; a second key at once corrects the first."""
+    opened(window, tmp_path / "x.html", make_sheet(6))
+    for key in ("ArrowRight", "Space", "1", "ArrowRight", "Space", "2"):
+        window.keyboard.press(key)
+    assert given_classes(window) == {"0000.dcm": "FDT", "0001.dcm": "MTF"}
+    window.keyboard.press("3")
+    assert given_classes(window) == {"0000.dcm": "FDT", "0001.dcm": "TOR"}
+    for key in ("ArrowRight", "1"):  # without a mark: the image in focus
+        window.keyboard.press(key)
+    assert given_classes(window)["0003.dcm"] == "FDT"
+    assert given_classes(window)["0001.dcm"] == "TOR"
+
+
+def test_a_class_keeps_its_key(window: Any, tmp_path: Path) -> None:
+    opened(window, tmp_path / "x.html", make_sheet(6))
+    for at, name in ((4, "LATER"), (0, "SOONER")):
+        window.locator(".tile > img").nth(at).click()
+        window.keyboard.press("n")
+        window.keyboard.type(name)
+        window.keyboard.press("Enter")
+    assert "4 LATER" in " ".join(window.locator("#classes button").all_inner_texts())
+    window.reload()
+    now = " ".join(window.locator("#classes button").all_inner_texts())
+    assert "4 LATER: 1 5 SOONER: 1" in now
+
+
 def test_the_second_order_begins_with_various_images(
     window: Any, tmp_path: Path
 ) -> None:

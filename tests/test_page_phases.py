@@ -117,9 +117,7 @@ def test_the_report_shows_every_image_the_least_probable_label_first(
 def test_behind_every_cell_of_the_matrix_stand_its_images(trained: Path) -> None:
     page = parse(trained / "modelo_final_vlm" / config.REPORT)
     states = page.all("article", "data-state")
-    cells = page.all("button", "data-show")
-    assert len(cells) == 9
-    assert set(states) <= set(cells)
+    assert page.all("button", "data-show") == sorted({*states})  # none shows nothing
     said = {
         f"{each['class']} → {each['descriptions_say']}"
         for each in metrics_of(trained)["held_out"]
