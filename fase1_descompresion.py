@@ -900,7 +900,8 @@ def write_sheet(known: Known) -> None:
     digest.update((known.folder / config.FILE_LIST).read_bytes())
     digest.update(repr([class_of(known, name) for name in known.outputs]).encode())
     about = {"about": digest.hexdigest()}
-    if path.exists() and known.journal.get("sheet") == about:
+    pages = utils.page_paths(path, len(known.outputs))
+    if known.journal.get("sheet") == about and all(page.exists() for page in pages):
         return
     tiles = [tile(row, class_of(known, row["output"])) for row in manifest(known)]
     pictures: dict[str, bytes] = {}

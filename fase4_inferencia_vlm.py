@@ -596,7 +596,7 @@ async def classify(
         }
         opened.enter_context(logging_redirect_tqdm())
         hidden = cfg.quiet or None  # None: off a terminal
-        bar = tqdm(total=len(files), unit=" images", disable=hidden, smoothing=0)
+        bar = tqdm(total=len(files), unit="image", disable=hidden, smoothing=0)
         opened.enter_context(bar)
         images = Inference(servers, model, book, sinks, made_with, bar, cfg)
         await images.run(files)

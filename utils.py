@@ -3683,6 +3683,12 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     return thumbnail(np.asarray(Image.fromarray(grey).resize(size)))
 
 
+def page_paths(path: Path, count: int) -> list[Path]:
+    """The files of a page of so many images."""
+    pages = range(2, math.ceil(count / PAGE_TILES) + 1)
+    return [path, *(path.with_stem(f"{path.stem}_{number}") for number in pages)]
+
+
 def page(path: Path, sheet: Sheet) -> None:
     """Write `path`, and `path`_2 … for every further 500 images, where it changed.
 
@@ -3691,9 +3697,7 @@ def page(path: Path, sheet: Sheet) -> None:
     import jinja2  # noqa: PLC0415 - loaded only where a page is made
 
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
-    count = max(1, math.ceil(len(sheet.tiles) / PAGE_TILES))
-    names = [f"_{n}" if n > 1 else "" for n in range(1, count + 1)]
-    paths = [path.with_stem(path.stem + name) for name in names]
+    paths = page_paths(path, len(sheet.tiles))
     for number, target in enumerate(paths):
         tiles = sheet.tiles[number * PAGE_TILES :][:PAGE_TILES]
         keys = {key for t in tiles for key in (t.picture, *(k for k, _ in t.near))}

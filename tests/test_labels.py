@@ -122,6 +122,19 @@ def test_a_lost_thumbnail_is_made_again_from_the_output(base: Path) -> None:
     assert len(after) == 7
 
 
+def test_a_lost_page_of_several_is_made_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils, "PAGE_TILES", 4)
+    (base / "f1_descomprimidos" / config.SHEET).unlink()
+    assert phase1(base) == 0
+    second = base / "f1_descomprimidos" / "vista_previa_2.html"
+    content = second.read_bytes()
+    second.unlink()
+    assert phase1(base) == 0
+    assert second.read_bytes() == content
+
+
 def test_a_run_without_news_makes_no_page(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
