@@ -209,10 +209,7 @@ def warn(images: Sequence[LabelledImage], book: AnswerBook) -> None:
     for image in images:
         journal = book.of(image.picture).journal
         copied, confirmed = (journal.get(key) or {} for key in ("copied", "confirmed"))
-        if copied.get("class") == image.label != confirmed.get("class"):
-            then = datetime.fromisoformat(copied["time"]).timestamp()
-            # A file that was there long before is nobody's copy.
-            unseen += image.path.stat().st_mtime > then - 60
+        unseen += copied.get("class") == image.label != confirmed.get("class")
     if unseen:
         log.warning(
             "warning: %d labels are the program's own answers, unseen by you", unseen
