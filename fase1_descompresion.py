@@ -817,7 +817,7 @@ def rejected(known: Known) -> Iterator[dict[str, str]]:
     for key in sorted(known.rejected, key=os.fsencode):
         one = known.rejected[key]
         record = one.get("record") or {}
-        yield {"source": shown_path(key), "reason": one["reason"], **record}
+        yield {"source": utils.shown_path(key), "reason": one["reason"], **record}
 
 
 def manifest(known: Known) -> Iterator[dict[str, str]]:
@@ -838,22 +838,16 @@ def manifest(known: Known) -> Iterator[dict[str, str]]:
         one = known.outputs[name]
         record = one["record"]
         others = (path for path in copies.get(name, ()) if path != one["source"])
-        notes = [f"the same image as {shown_path(path)}" for path in others]
+        notes = [f"the same image as {utils.shown_path(path)}" for path in others]
         if shared[one["identity"]] > 1 and record["sop_instance_uid"]:
             notes.append(SHARED_UID)
         yield {
             **{key: record.get(key, "") for key in COLUMNS},
             "order": str(order),
-            "source": shown_path(one["source"]),
+            "source": utils.shown_path(one["source"]),
             "output": name,
             "notes": "; ".join(filter(None, [record["notes"], *notes])),
         }
-
-
-def shown_path(path: str) -> str:
-    """A relative path for a table: printable."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def warnings(known: Known) -> Iterator[str]:
@@ -1189,9 +1183,9 @@ def own_tasks(known: Known, cfg: Config) -> list[Task]:
 
     An older version wrote it, or the journal was deleted: it stays, and is listed.
     """
-    held = {*known.places.values()}
     there = (path for paths in known.files.values() for path in paths)
-    own = [path for path in there if path.parent == known.folder and path not in held]
+    new = (path for path in there if path.name not in known.outputs)
+    own = [path for path in new if path.parent == known.folder]
     return [task_for(path, known, cfg) for path in own]
 
 

@@ -341,8 +341,7 @@ def record(result: Result, made_with: Mapping[str, Any]) -> Record:
 
 def line(found: Record) -> str:
     """One result for a person: file, class, confidences, and why if inconclusive."""
-    # A name of several lines must not look like another result.
-    file = "".join(one if one.isprintable() else ascii(one) for one in found["file"])
+    file = utils.shown_path(found["file"])  # of several lines it would seem two results
     if "error" in found:
         return f"{file}: failed: {found['error']}"
     shares = ", ".join(f"{name} {p:.1%}" for name, p in found["confidences"].items())

@@ -306,6 +306,16 @@ def remove_file(path: Path) -> None:
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name its file: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `path` when all is on disk.
 
@@ -316,15 +326,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with _naming(path), temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         replace_file(temporary, path)
     except BaseException as error:
         remove_file(temporary)
-        unnamed = None, str(temporary)  # a write that fails names no file
-        if isinstance(error, OSError) and error.filename in unnamed:
+        if isinstance(error, OSError) and error.filename == str(temporary):
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -426,6 +435,12 @@ def class_name_problem(names: Iterable[str]) -> str:
     return ""
 
 
+def shown_path(path: str) -> str:
+    """A path for a terminal or a table: printable, in one line."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with path.open("rb") as file:
@@ -522,24 +537,17 @@ class Journal:
             raise FileNotFoundError(
                 errno.ENOENT, os.strerror(errno.ENOENT), str(self.path.parent)
             )
-        try:
-            with self._lock:
-                self.refresh()
-                self._append(self.path, data)
-                self.refresh()
-        except OSError as error:  # a write that fails names no file
-            error.filename = error.filename or str(self.path)
-            raise
-
-    def _append(self, path: Path, data: bytes) -> None:
-        with path.open("ab") as file:
-            if file.tell() > self._read_to:  # a torn line must not swallow this
-                file.write(b"\n")
-            file.write(data)
-            file.flush()
-            if time.monotonic() - self._synced >= self._every:
-                os.fsync(file.fileno())
-                self._synced = time.monotonic()
+        with _naming(self.path), self._lock:
+            self.refresh()
+            with self.path.open("ab") as file:
+                if file.tell() > self._read_to:  # a torn line must not swallow this
+                    file.write(b"\n")
+                file.write(data)
+                file.flush()
+                if time.monotonic() - self._synced >= self._every:
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
+            self.refresh()
 
     def _take(self, line: bytes) -> None:
         try:

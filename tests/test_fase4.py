@@ -425,6 +425,16 @@ def test_a_model_of_an_older_version_is_refused(
     assert "of an older version: run phases 2 and 3 again" in caplog.text
 
 
+def test_a_name_of_several_lines_is_one_line(
+    base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (new / "MTF").rename(new / "a.dcm: MTF\nb.dcm")
+    phase4(base, server, new)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 3
+    assert f"{new}/a.dcm: MTF\\nb.dcm: " in out
+
+
 def test_no_cell_of_the_table_is_a_formula(
     base: Path, server: FakeOllama, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
