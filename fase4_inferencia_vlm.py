@@ -334,6 +334,8 @@ def record(result: Result, made_with: Mapping[str, Any]) -> Record:
         return {**found, "error": result.error, **made_with}
     names = {"label": "class", "words": "descriptions_say", "picture": "picture_says"}
     said = {names.get(key, key): value for key, value in asdict(decision).items()}
+    if seen := said["picture_says"]:
+        del seen["confidence"]  # this reader has none
     ranked = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
     said |= {"confidences": dict(ranked), "questions": len(result.texts)}
     return {**found, **said, "descriptions": result.texts, **made_with}
@@ -428,6 +430,8 @@ def page(
             key, saw = found["image_id"], dict(opinions(found))
             near = dict.fromkeys(file for nearest in saw.values() for file in nearest)
             doubtful = found["class"] == config.INCONCLUSIVE
+            said = found["descriptions"]
+            more = f"and {len(said) - 3} more: --json has all"
             tile = tile._replace(
                 picture=key,
                 file=str(result.path.resolve()),
@@ -436,7 +440,7 @@ def page(
                 lines=[*filter(None, [found["reason"]]), *saw],
                 shares=found["confidences"],
                 near=[neighbour(file) for file in list(near)[:4]],
-                details=found["descriptions"],
+                details=[*said[:3], more] if len(said) > 3 else said,
             )
             pictures[key] = utils.thumbnail(result.picture.grey)
         tiles.append(tile)

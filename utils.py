@@ -2816,6 +2816,7 @@ class VlmServer:
                 # Certificates take 20 ms to read; SSL_CERT_FILE may name them.
                 verify=httpx.create_ssl_context() if encrypted else False,
                 follow_redirects=False,
+                event_hooks={"response": [_refuse_redirect]},
                 auth=login,
             )
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
@@ -2939,8 +2940,7 @@ class VlmServer:
     async def _ask_version(self) -> str:
         reply = await self.http.get("/api/version")
         if reply.status_code != 200:
-            where = reply.headers.get("location", reply.reason_phrase)
-            raise _ollama().ResponseError(where, reply.status_code)
+            raise _ollama().ResponseError(reply.reason_phrase, reply.status_code)
         found = reply.json()
         if not isinstance(found, dict) or "version" not in found:
             raise ValueError("the answer has no version")
@@ -3221,6 +3221,13 @@ class VlmServer:
             pause = min(2.0, FIRST_PAUSE_S * 4)
             await asyncio.sleep(pause)
             self._waited = 0.0 if others_work else self._waited + pause
+
+
+async def _refuse_redirect(reply: Any) -> None:
+    """The client says of it only that it came."""
+    if reply.has_redirect_location:
+        where = reply.headers["location"]
+        raise _ollama().ResponseError(where, reply.status_code)
 
 
 _PROBE_LIST = (
@@ -3680,15 +3687,15 @@ def preview(pixels: Pixels, dataset: Dataset) -> bytes:
     frame = frame_of(pixels)
     step = math.ceil(max(frame.shape[:2]) / 320)
     frame = frame[::step, ::step]
-    fold = max(1, round(max(frame.shape[:2]) / 160))
     values, padding = _display_values(frame, dataset), _padding(frame, dataset)
     parts = [values, (~padding).astype(np.float32)] if padding.any() else [values]
-    small, *share = (np.asarray(Image.fromarray(part).reduce(fold)) for part in parts)
-    grey = _window(small, share[0] if share else np.ones(0), step=2)
-    height, width = frame.shape[0] * _pixel_aspect(dataset), float(frame.shape[1])
+    height, width = values.shape[0] * _pixel_aspect(dataset), float(values.shape[1])
     scale = 160 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return thumbnail(np.asarray(Image.fromarray(grey).resize(size)))
+    images = (Image.fromarray(part) for part in parts)
+    box = Image.Resampling.BOX
+    small, *share = (np.asarray(image.resize(size, box)) for image in images)
+    return thumbnail(_window(small, share[0] if share else np.ones(0), step=2))
 
 
 def page_paths(path: Path, count: int) -> list[Path]:
@@ -3803,7 +3810,8 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 .tile { background: var(--card); border: 2px solid transparent; padding: 7px;
   border-left: 6px solid var(--c, transparent); position: relative; font-size: 13px }
 .many .tile { content-visibility: auto; contain-intrinsic-size: auto 290px }
-.tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0 }
+.tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0;
+  scroll-margin: 90px 0 280px } [aria-current] { font-weight: 700; color: inherit }
 .tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
 .tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
 .mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace; overflow: hidden }
@@ -3844,8 +3852,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 <button id="none">take back ( u )</button><button id="save"></button></span>
 <output id="said" class="dim"></output></div>
 <main class="{{ "wide" if tiles|selectattr("shares")|list }}
- {{ "many" if tiles|length > 100 }}">
-{% for t in tiles %}
+ {{ "many" if tiles|length > 100 }}">{% for t in tiles %}
 {% if t.group and loop.changed(t.group) %}<h2><bdi>{{ t.group }}</bdi></h2>{% endif %}
 <article class="tile{{ " mark" if t.file }}" data-file="{{ t.file }}"
  data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ ranks.pop(0) }}">
@@ -3853,8 +3860,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 {% if t.file %}<input type="checkbox" aria-label="{{ t.name }}">{% endif %}
 <bdi class="mine chip"></bdi><bdi class="chip">{{ t.label }}</bdi>
 <bdi class="dim">{{ t.state }}</bdi>
-{% for name, share in t.shares.items() %}
-{% set part = "%.1f%%"|format(share * 100) %}
+{% for name, share in t.shares.items() %}{% set part = "%.1f%%"|format(share * 100) %}
 <div class="share" style="--share: {{ part }}"> {{ part }} <bdi>{{ name }}</bdi></div>
 {% endfor %}{% for line in t.lines %}<p><bdi>{{ line }}</bdi></p>{% endfor %}
 <h3><bdi>{{ t.name }}</bdi></h3><div class="rest row">{% for key, name in t.near %}
@@ -3887,7 +3893,7 @@ function chose() {
   say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
 }
 function choose(from, to) { // marks the images from one to another, and no others
-  const list = seen(), ends = [list.indexOf(from), list.indexOf(to)];
+  const list = seen(), ends = [from?.hidden ? to : from, to].map((t) => list.indexOf(t));
   const [low, high] = ends.sort((a, b) => a - b);
   list.forEach((tile, at) => { box(tile).checked = at >= low && at <= high; });
   chose();
@@ -3916,25 +3922,26 @@ function show() {
   names.filter((name) => !listed.includes(name))
     .forEach((name) => $("only").add(new Option(name, name)));
   $("save").textContent = `Save ${data.save} (${saved().length})`;
-  const sorted = $("order").selectedIndex > 0;
-  for (const head of all("main h2")) head.hidden = sorted || text || only;
+  for (const h of all("main h2")) h.hidden = text || only || $("order").selectedIndex;
   chose();
 }
 function give(name) {
   const some = [chosen(), given].find((list) => list.length)
-    || [document.activeElement.closest(".mark")];
+    || [document.activeElement.closest(".mark") || seen().find((t) => t === anchor)];
   if (!some[0]) return say("Mark images first: click, drag, or arrow keys and Space.");
-  if (/^[.\s]|[\\/:*?"<>|\x00-\x1f]|[.\s]$/.test(name))
+  if (/^[.\s]|[\\/:*?"<>|\p{C}]|[.\s]$|^no[ _]concluyente$/iu.test(name))
     return say("No folder can have that name.");
   load();
   for (const tile of some) marks.set(tile.dataset.file, name);
   choose(); given = some; show(); // the same key again corrects what was just given
   try { keep("marks ", marks); keep("names ", names); }
   catch { say("This browser forgets the classes with the page: save before."); }
+  return given[0];
 }
 function move(step, extend) {
-  const here = document.activeElement.closest(".mark"), list = seen();
-  const to = list[here ? list.indexOf(here) + step : 0];
+  const here = document.activeElement.closest(".mark") || anchor, list = seen();
+  const before = list.filter((tile) => here?.compareDocumentPosition(tile) & 2).length;
+  const to = list[here ? before + step - (here.hidden && step > 0) : 0];
   if (!to) return;
   if (extend) choose(anchor ||= here, to); else anchor = to;
   given = []; box(to).focus();
@@ -3964,9 +3971,9 @@ main.onmouseover = (event) => {
 document.onmouseup = () => { drag = false; };
 main.onchange = (event) => { anchor = event.target.closest(".mark"); chose(); };
 document.onkeydown = ({ key, target, shiftKey, altKey, ctrlKey, metaKey }) => {
-  if (key === "Escape") { target.blur(); choose(); }
-  if (key === "Enter" && target === $("name")) {
-    give(target.value.trim()); target.value = ""; target.blur();
+  if (key === "Escape") { target.blur(); anchor = null; given = []; choose(); }
+  if (key === "Enter" && target === $("name") && give(target.value.trim())) {
+    target.value = ""; target.blur(); box(given[0]).focus();
   }
   if (target.matches("select, #find, #name") || altKey || ctrlKey || metaKey) return;
   const across = getComputedStyle(main).gridTemplateColumns.split(" ").length;

@@ -382,7 +382,8 @@ def test_a_typed_name_is_a_class_and_gets_a_key(window: Any, tmp_path: Path) -> 
 def test_a_name_that_no_folder_can_have_is_refused(window: Any, tmp_path: Path) -> None:
     opened(window, tmp_path / "x.html", make_sheet(6))
     window.locator(".tile > img").nth(0).click()
-    for name in ("../up", ".hidden", "a:b", "end.", "x/y", 'q"'):
+    bad = ("../up", ".hidden", "a:b", "end.", "x/y", 'q"', "a\u200eb", "No concluyente")
+    for name in bad:
         window.fill("#name", name)
         window.press("#name", "Enter")
         assert given_classes(window) == {}
@@ -471,6 +472,51 @@ def test_a_key_gives_its_class_to_what_is_marked_now(
         window.keyboard.press(key)
     assert given_classes(window)["0003.dcm"] == "FDT"
     assert given_classes(window)["0001.dcm"] == "TOR"
+
+
+def test_a_run_from_an_image_that_a_filter_hides_begins_where_it_is_seen(
+    window: Any, tmp_path: Path
+) -> None:
+    opened(window, tmp_path / "x.html", make_sheet(12))
+    window.locator(".tile > img").nth(6).click()
+    window.select_option("#only", "odd")
+    window.locator(".tile > img").nth(9).click(modifiers=["Shift"])
+    window.keyboard.press("1")
+    assert given_classes(window) == {"0009.dcm": "FDT"}
+
+
+def test_the_keyboard_goes_on_where_it_was(window: Any, tmp_path: Path) -> None:
+    """After a typed name, and after a filter has hidden the image in focus."""
+    opened(window, tmp_path / "x.html", make_sheet(12))
+    for key in ("ArrowRight", "ArrowRight", "n"):
+        window.keyboard.press(key)
+    window.keyboard.type("Las Vegas")
+    for key in ("Enter", "ArrowRight", "1"):
+        window.keyboard.press(key)
+    expected = {"0001.dcm": "Las Vegas", "0003.dcm": "FDT"}
+    assert given_classes(window) == expected
+    window.select_option("#only", "no class")
+    window.keyboard.press("Escape")
+    for key in ("ArrowRight", "ArrowRight", "2", "ArrowRight", "2"):
+        window.keyboard.press(key)
+    expected |= dict.fromkeys(("0004.dcm", "0005.dcm"), "MTF")
+    assert given_classes(window) == expected
+    window.keyboard.press("ArrowLeft")
+    window.keyboard.press("3")
+    assert given_classes(window) == expected | {"0000.dcm": "TOR"}
+
+
+def test_the_image_in_focus_is_not_behind_the_bar(window: Any, tmp_path: Path) -> None:
+    opened(window, tmp_path / "x.html", make_sheet(60))
+    for key in [*["ArrowDown"] * 9, *["ArrowUp"] * 8]:
+        window.keyboard.press(key)
+        top, bar, bottom = window.evaluate(
+            """[document.activeElement.closest(".tile").getBoundingClientRect().top,
+            document.getElementById("bar").getBoundingClientRect().bottom,
+            document.activeElement.closest(".tile").getBoundingClientRect().bottom]"""
+        )
+        assert bar <= top
+        assert bottom <= window.viewport_size["height"]
 
 
 def test_a_class_keeps_its_key(window: Any, tmp_path: Path) -> None:
