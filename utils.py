@@ -1209,7 +1209,7 @@ def _decode_rle(stream: Stream, layout: Dataset) -> Decoded:
     """PS3.5 annex G: a segment per byte of a sample, the most significant first."""
     size, plane = layout.BitsAllocated // 8, layout.Rows * layout.Columns
     needed = size * layout.SamplesPerPixel
-    count, *starts = struct.unpack_from("<16L", stream)
+    count, *starts = struct.unpack("<16L", bytes(stream[:64]).ljust(64, b"\0"))
     if count != needed:
         raise RejectedError(f"has {count} RLE segments, not {needed}")
     decoded, excess = np.empty((plane, needed // size, size), np.uint8), 0

@@ -258,6 +258,14 @@ def test_a_fragment_that_says_more_than_is_there_is_refused(tmp_path: Path) -> N
         decode_frame(read_dicom(path))
 
 
+def test_an_rle_header_that_ends_early_is_refused_in_words(tmp_path: Path) -> None:
+    dataset = make(exposure(), uid.RLELossless)
+    dataset.PixelData = encapsulate([b"\2\0\0\0\x40\0"])
+    dataset.save_as(tmp_path / "x", enforce_file_format=True)
+    with pytest.raises(RejectedError, match="an RLE segment is too short"):
+        decode_frame(read_dicom(tmp_path / "x"))
+
+
 @pytest.mark.parametrize("has_bot", [True, False])
 def test_fragments_are_shared_out_to_their_frames(
     tmp_path: Path, has_bot: bool
