@@ -3893,8 +3893,8 @@ function chose() {
   say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
 }
 function choose(from, to) { // marks the images from one to another, and no others
-  const list = seen(), ends = [from?.hidden ? to : from, to].map((t) => list.indexOf(t));
-  const [low, high] = ends.sort((a, b) => a - b);
+  const list = seen(), pair = [from?.hidden ? to : from, to];
+  const [low, high] = pair.map((t) => list.indexOf(t)).sort((a, b) => a - b);
   list.forEach((tile, at) => { box(tile).checked = at >= low && at <= high; });
   chose();
 }
