@@ -18,6 +18,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from dicom_samples import posix
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -1072,6 +1073,7 @@ def test_a_class_that_can_not_be_held_out_is_refused_by_its_name(
     assert not (base / "modelo_final_vlm").exists()
 
 
+@posix  # elsewhere only a console sends it
 def test_ctrl_c_ends_with_130_and_no_model(tmp_path: Path) -> None:
     base = write_dataset(tmp_path, per_class=20)
     command = [sys.executable, fase3.__file__, "--base", str(base), "--search", "full"]

@@ -16,6 +16,7 @@ import numpy as np
 import phantoms
 import pytest
 from conftest import server_flags
+from dicom_samples import posix
 from fake_ollama import FakeOllama
 
 import config
@@ -425,6 +426,7 @@ def test_a_model_of_an_older_version_is_refused(
     assert "of an older version: run phases 2 and 3 again" in caplog.text
 
 
+@posix  # such a name
 def test_a_name_of_several_lines_is_one_line(
     base: Path, server: FakeOllama, new: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -435,6 +437,7 @@ def test_a_name_of_several_lines_is_one_line(
     assert f"{new}/a.dcm: MTF\\nb.dcm: " in out
 
 
+@posix  # such a name
 def test_no_cell_of_the_table_is_a_formula(
     base: Path, server: FakeOllama, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +463,7 @@ def test_a_distant_server_is_named_before_images_go_there(
     assert "the images leave this machine" in caplog.records[0].getMessage()
 
 
+@posix  # elsewhere only a console sends it
 def test_ctrl_c_ends_with_130_and_keeps_what_is_known(
     base: Path, new: Path, tmp_path: Path
 ) -> None:

@@ -263,7 +263,7 @@ def test_labels_do_only_this(base: Path) -> None:
         ([("sub/{0}", "MTF")], "neither a file of phase 1's nor an absolute path"),
         ([("../f1_descomprimidos/{0}", "MTF")], "neither a file of phase 1's"),
         ([("manifiesto.csv", "MTF")], "neither a file of phase 1's"),
-        ([("/nowhere/image.dcm", "MTF")], "is not there"),
+        ([("{base}/nowhere/x.dcm", "MTF")], "is not there"),
         ([("{base}/other.txt", "MTF")], "DICOM"),
         ([("{base}/input_dicom", "MTF")], "is not there"),
     ],

@@ -12,6 +12,7 @@ import numpy as np
 import phantoms
 import pydicom
 import pytest
+from dicom_samples import posix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -55,6 +56,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         utils.exit_code(lambda: failing(ZeroDivisionError()), print)
 
 
+@posix  # a shell
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     code = "import utils; utils.exit_code(lambda: print('x' * 10**6) or 0, print)"
     done = subprocess.run(
