@@ -1579,8 +1579,9 @@ def _pad(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
 TEXT_ATTEMPTS = 3
 """Seeds tried for one question before its image is given up for this run."""
 
-CONNECT_S, ANSWER_S, LOAD_S = 5.0, 600.0, 900.0
-"""Seconds to reach the server, to wait for one answer, and for a model to load.
+CONNECT_S, WORKER_S, ANSWER_S, LOAD_S = 5.0, 60.0, 600.0, 900.0
+"""Seconds to reach the server, for a Dask worker to load the program, to wait for one
+answer, and for a model to load.
 
 On two cores a model of llava-phi3's size takes some 100 s to read a new image and
 prompt, and the request behind it waits for its turn.
@@ -2223,7 +2224,9 @@ class Interview:
         for _ in range(TEXT_ATTEMPTS):
             attempt = len(said)
             seed = question.seed(picture.image_id, attempt)
+            started = time.monotonic()
             reply = await server.answer(picture.png, question.prompt, seed)
+            server.has_answered(started)
             answer = self._answers.keep(question, attempt, reply)
             server.note(answer.usable, picture.image_id, answer.text)
             self._told(answer)
@@ -2362,6 +2365,7 @@ class SightTest:
                 f"({wrong[worst]} of {2 * SIGHT_QUESTIONS} answers fit another): "
                 f"{since if aside else ''}restart the server or try another version "
                 "of Ollama, then run the same command again"
+                f"{', or go on without it: --any-host' if own != slots else ''}"
             )
             if not may_drop or len(own) == len(slots):
                 book.distrusted = error
@@ -2470,12 +2474,13 @@ async def open_servers(
     cfg: config.Config, tell: Callable[[str], object]
 ) -> AsyncIterator[list["VlmServer"]]:
     """The servers of --host or of the workers of --dask, none twice."""
-    named = {server_url(one): one for one in cfg.one_per_host()}
     async with AsyncExitStack() as opened:
-        servers = [VlmServer(one, tell) for one in named.values()]
         if cfg.dask:
             ways = await _dask_ways(cfg, tell, opened)
             servers = [VlmServer(cfg, tell, way) for way in ways]
+        else:
+            named = {server_url(one): one for one in cfg.one_per_host()}
+            servers = [VlmServer(one, tell) for one in named.values()]
         for server in servers:
             opened.push_async_callback(server.http.aclose)
         yield servers
@@ -2484,7 +2489,9 @@ async def open_servers(
 async def preflight(
     servers: Sequence["VlmServer"], cfg: config.Config
 ) -> tuple[list["VlmServer"], ServerFacts]:
-    """Those that do their work and answer like the first; what is true of all.
+    """Those that do their work and answer alike; what is true of all.
+
+    Which of two kinds: what the journals are of, else of which there are more.
 
     Raises
     ------
@@ -2493,12 +2500,22 @@ async def preflight(
     """
     checks = [server.preflight() for server in servers]
     outcomes = await asyncio.gather(*checks, return_exceptions=True)
+    pairs = list(zip(servers, outcomes, strict=True))
+    able = [one for one, outcome in pairs if isinstance(outcome, ServerFacts)]
+    journals = cfg.folder("dataset_dir") / config.JOURNAL_DIR
+    before = Journal(journals / AnswerBook.SERVERS).get("last") or {}
+
+    def fits(server: VlmServer) -> tuple[int, int]:
+        digests = "vlm_digest", "embedder_digest"
+        known = sum(before.get(n) == getattr(server.facts, n) for n in digests)
+        return known, sum(not _difference(server, other, cfg) for other in able)
+
     good: list[VlmServer] = []
-    for server, outcome in zip(servers, outcomes, strict=True):
+    for server, outcome in pairs:
         try:
             if isinstance(outcome, BaseException):
                 raise outcome
-            _check_alike(server, (good or [server])[0], cfg)
+            _check_alike(server, max(able, key=fits), cfg)  # the first of equals
             good.append(server)
         except PipelineError as error:
             if len(servers) == 1:
@@ -2519,16 +2536,20 @@ def _without(
     tell(f"warning: goes on without {name}: {problem}")
 
 
+def _difference(server: "VlmServer", other: "VlmServer", cfg: config.Config) -> str:
+    """Why a server can't work beside another one; "" where it can."""
+    mine, theirs = server.facts, other.facts
+    if mine.vlm_digest != theirs.vlm_digest:
+        return f"has another {cfg.vlm}"
+    if mine.embedder_digest != theirs.embedder_digest:
+        return f"has another {cfg.embed_model}"
+    near = cosine(mine.probe, theirs.probe)
+    return "" if near >= SAME_EMBEDDING else f"embeds otherwise (cosine {near:.4f})"
+
+
 def _check_alike(server: "VlmServer", first: "VlmServer", cfg: config.Config) -> None:
     """Raise PipelineError where a server can't work beside the first one."""
-    mine, other = server.facts, first.facts
-    near = cosine(mine.probe, other.probe)
-    reasons = {
-        f"has another {cfg.vlm}": mine.vlm_digest != other.vlm_digest,
-        f"has another {cfg.embed_model}": mine.embedder_digest != other.embedder_digest,
-        f"embeds otherwise (cosine {near:.4f})": near < SAME_EMBEDDING,
-    }
-    for reason in (text for text, is_so in reasons.items() if is_so):
+    if reason := _difference(server, first, cfg):
         raise PipelineError(
             f"the server at {server.url} (Ollama {server.version}) {reason} than "
             f"{first.url} (Ollama {first.version}): give both the same Ollama and the "
@@ -2618,23 +2639,26 @@ async def _own_servers(
         return importlib.import_module("utils").own_server()
 
     actors, mine = {}, config.PROGRAM_VERSION
-    for worker in await client.nthreads():
+
+    async def meet(worker: str) -> None:
         on_it: Any = {"workers": [worker], "actor": True, "pure": False}
+        remedy = "set its PYTHONPATH to the program's folder, and use the same Python"
         try:
-            async with asyncio.timeout(LOAD_S):
+            async with asyncio.timeout(WORKER_S):
                 actor = await client.submit(here, **on_it)
                 program, name = await actor.who()
             if program != mine:
                 raise ValueError(f"it has version {program}, not {mine}")
             actors[name] = actor
         except Exception as error:
-            refuse(
-                worker,
-                f"the Dask worker at {worker} can't run the program "
-                f"({type(error).__name__}: {error}): set its PYTHONPATH to the "
-                "program's folder, and use the same Python",
-            )
-    return actors
+            if isinstance(error, TimeoutError):
+                remedy = f"nothing in {WORKER_S:.0f} s; is it busy with other work?"
+            why = f"{type(error).__name__}: {error}".removesuffix(": ")
+            why = f"the Dask worker at {worker} can't run the program ({why})"
+            refuse(worker, f"{why}: {remedy}")
+
+    await asyncio.gather(*map(meet, await client.nthreads()))
+    return dict(sorted(actors.items()))
 
 
 async def _dask_ways(
@@ -2657,27 +2681,42 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
     except ImportError:
         raise PipelineError("--dask needs Dask: pip install '.[cluster]'") from None
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    scheduler: Any = cfg.dask
-    if cfg.dask.startswith("local:"):
-        hosts = [one.host_url for one in cfg.one_per_host()]
-        nanny = partial(distributed.Nanny, silence_logs=logging.ERROR)
-        count = int(cfg.dask.removeprefix("local:"))
-        each = [{"env": {"OLLAMA_HOST": hosts[n % len(hosts)]}} for n in range(count)]
-        workers = {n: {"cls": nanny, "options": one} for n, one in enumerate(each)}
-        here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-        own = {"cls": distributed.Scheduler, "options": here}
-        scheduler = distributed.SpecCluster(workers, own, asynchronous=True)
-        await opened.enter_async_context(scheduler)
-    elif cfg.host:
+    is_local = cfg.dask.startswith("local:")
+    if cfg.host and not is_local:
         raise PipelineError("a Dask worker asks its own OLLAMA_HOST: leave --host out")
     try:
-        client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
-        return await opened.enter_async_context(client)
-    except (OSError, TypeError, ValueError) as error:  # TypeError: no TLS here
+        async with asyncio.timeout(WORKER_S if is_local else CONNECT_S + 5):
+            scheduler: Any = cfg.dask
+            if is_local:
+                scheduler = _local_workers(cfg, distributed)
+                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                try:  # Ctrl-C is for this process: the workers inherit that
+                    await opened.enter_async_context(scheduler)
+                finally:
+                    signal.signal(signal.SIGINT, heard)
+            client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
+            opened.push_async_callback(client.close)
+            return await client
+    # TypeError: no TLS here; RuntimeError: TLS is required, or a worker did not start.
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise PipelineError(
-            f"no Dask scheduler answers at {cfg.dask} ({_short(error)}): start it with "
-            "`dask scheduler` or use --dask local:2"
+            f"no Dask scheduler answers at {cfg.dask} ({_short(error)}): see that "
+            "`dask scheduler` runs there, and that both use TLS or neither"
         ) from None
+
+
+def _local_workers(cfg: config.Config, distributed: Any) -> Any:
+    """A scheduler and workers of this machine, which ask the servers of --host."""
+    hosts = [one.host_url for one in cfg.one_per_host()]
+    count = int(cfg.dask.removeprefix("local:"))
+    if count < len(hosts):
+        raise PipelineError(f"{len(hosts)} servers need --dask local:{len(hosts)}")
+    nanny = partial(distributed.Nanny, silence_logs=logging.ERROR)
+    each = [{"env": {"OLLAMA_HOST": hosts[n % len(hosts)]}} for n in range(count)]
+    workers = {n: {"cls": nanny, "options": one} for n, one in enumerate(each)}
+    here = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    own = {"cls": distributed.Scheduler, "options": here}
+    return distributed.SpecCluster(workers, own, asynchronous=True)
 
 
 # One server: what it has, one call, and what can go wrong with it.
@@ -2706,8 +2745,9 @@ def _address(cfg: config.Config) -> tuple[str, tuple[str, str] | None]:
         if len(host.split()) > 1 or (host and not address.netloc):
             raise ValueError("white space, or nothing behind the scheme")
     except (KeyError, ValueError):
+        shown = "" if {"@", "/"} & {*host} else f" ({host!r})"  # no password
         raise PipelineError(
-            f"{cfg.host_url!r} is not an address of a server: write --host (or "
+            f"this is not an address of a server{shown}: write --host (or "
             "OLLAMA_HOST) like http://127.0.0.1:11434"
         ) from None
     name = f"[{name}]" if ":" in name else name
@@ -2788,13 +2828,17 @@ class VlmServer:
         self.url = way.name if way else server_url(cfg)
         self.version = self.unchanged_at = ""
         """`unchanged_at`: when the models were last seen to be the same, UTC."""
-        self.away = self.changed = False
-        """`changed`: it was away, or is another version, since the last sight test."""
+        self.away = self.changed = self.interrupted = False
+        """`changed`: it was away, or is another version, since the last sight test;
+        `interrupted`: may have been started anew since the probe was last embedded."""
         self.answered, self.busy_s, self._last = 0, 0.0, 0.0
-        """Answers, and the seconds in which at least one was under way."""
+        """Answers about images, and the seconds in which one was under way."""
         self._semaphore = asyncio.Semaphore(cfg.in_flight)
         self._recovery, self._waited = asyncio.Lock(), cast(float | None, None)
         self._think, self._embeds_lists = cast(bool | None, None), True
+        own = "start it with `ollama serve`", "--host"
+        dask = "see to its Dask worker and the Ollama there", "OLLAMA_HOST"
+        self._start, self._named = dask if way else own
         self._n_features = 0
         self._noted: list[tuple[bool, str]] = []
         self._client = self._connect(way)
@@ -2840,7 +2884,7 @@ class VlmServer:
             async with asyncio.timeout(CONNECT_S + 5):
                 self.version = await self._ask_version()
         except _failures() as error:
-            usual = "start it with `ollama serve` or name its address with --host"
+            usual = f"{self._start} or name its address with {self._named}"
             raise PipelineError(
                 f"no Ollama answers at {self.url} ({_short(error)}): "
                 f"{_remedy(error) or usual}"
@@ -2896,20 +2940,24 @@ class VlmServer:
                 )
             if digest != then and model == self._cfg.vlm:
                 raise ModelChangedError(
-                    f"model {model} was replaced on the server during the run; start "
-                    "again: what the former model answered is kept apart"
+                    f"model {model} was replaced on the server at {self.url} during "
+                    "the run; start again: what the former model answered is kept apart"
                 )
             if digest != then:
                 raise PipelineError(
-                    f"model {model} was replaced on the server during the run: run the "
-                    "same command again; it embeds every text anew and asks nothing"
+                    f"model {model} was replaced on the server at {self.url} during "
+                    "the run: run the same command again; it embeds every text anew "
+                    "and asks nothing"
                 )
         self.unchanged_at = now
         version = await self._call("say its version", self._ask_version)
         if version != self.version:
             self.tell(f"Ollama at {self.url} is {version} now, was {self.version}")
             self.version, self.changed = version, True
+            self.interrupted = True
+        if self.interrupted:
             await self._check_embedder()
+            self.interrupted = False
         with suppress(*_failures()):
             loaded = await self._loaded() if facts.gpu_share else {}
             share = loaded.get(_plain(self._cfg.vlm), facts.gpu_share)
@@ -3036,13 +3084,9 @@ class VlmServer:
         # The client puts the image before the text, and only the text varies: the
         # server then finds the image in its prefix cache. The same bytes every time.
         message = {"role": "user", "content": prompt, "images": [png]}
-        started = time.monotonic()
         reply = await self._call(
             "describe an image", lambda: self._chat([message], seed=seed)
         )
-        now = time.monotonic()
-        self.busy_s += now - max(started, self._last)
-        self.answered, self._last = self.answered + 1, now
         counters = ("prompt_eval_count", "prompt_eval_duration", "eval_count")
         return {
             "text": reply.message.content or "",
@@ -3053,6 +3097,12 @@ class VlmServer:
             "server": self.url,
             "server_version": self.version,
         }
+
+    def has_answered(self, started: float) -> None:
+        """Count an answer about an image, and the time since it was asked."""
+        now = time.monotonic()
+        self.busy_s += now - max(started, self._last)
+        self.answered, self._last = self.answered + 1, now
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts; None for a text that can't be embedded.
@@ -3118,8 +3168,8 @@ class VlmServer:
         async def once() -> Result:
             if self.away:
                 raise ServerAwayError(
-                    f"the server at {self.url} went away: start it with `ollama "
-                    "serve`, then run the same command again"
+                    f"the server at {self.url} went away: {self._start}, then run the "
+                    "same command again"
                 )
             async with self._semaphore, asyncio.timeout(seconds or ANSWER_S):
                 return await request()
@@ -3128,6 +3178,7 @@ class VlmServer:
             failure = state.outcome and state.outcome.exception()
             status = getattr(failure, "status_code", 0)
             is_away = isinstance(failure, _server_away()) or status in _GATEWAY
+            self.interrupted |= is_away
             if is_away and not self.away:
                 self.away = bool(await self._missing())
 
@@ -3206,6 +3257,7 @@ class VlmServer:
                 return
             if not (why := await self._missing()):
                 self.away, self.changed, self._waited = False, True, None
+                self.tell(f"the server at {self.url} answers again")
                 return
             if self._waited is None:
                 wait = "its images go to the others, " if others_work else ""
@@ -3215,8 +3267,8 @@ class VlmServer:
             if self._waited >= self._cfg.wait and not others_work:
                 raise PipelineError(
                     f"the server at {self.url} has not answered for "
-                    f"{self._waited:.0f} s ({why}): start it with `ollama serve` and "
-                    "run the same command again; every answer so far is kept"
+                    f"{self._waited:.0f} s ({why}): {self._start}, then run the same "
+                    "command again; every answer so far is kept"
                 )
             pause = min(2.0, FIRST_PAUSE_S * 4)
             await asyncio.sleep(pause)

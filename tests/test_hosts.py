@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
+import dask
 import distributed
 import httpx
 import phantoms
@@ -178,6 +180,43 @@ def test_with_any_host_the_others_do_the_work(
         assert phase2(base, flags(three[0], other, three[1]), "--any-host") == 0
         assert not asked_of(other)
         assert f"goes on without {other.url}" in caplog.text
+    assert arrays(base) == expected
+
+
+def test_with_any_host_the_odd_one_out_is_left_out_though_named_first(
+    three: list[FakeOllama], base: Path, expected: list[bytes]
+) -> None:
+    with FakeOllama(digests={"demo-vlm": "f" * 64}) as other:
+        assert phase2(base, flags(other, *three[:2]), "--any-host") == 0
+        assert not asked_of(other)
+    assert arrays(base) == expected
+
+
+def test_with_any_host_the_one_that_answered_before_goes_on(
+    three: list[FakeOllama], base: Path
+) -> None:
+    assert phase2(base, flags(three[0])) == 0
+    before = len(asked_of(three[0]))
+    with FakeOllama(digests={"demo-vlm": "f" * 64}) as other:
+        assert phase2(base, flags(other, three[0]), "--any-host") == 0
+        assert len(asked_of(other, three[0])) == before
+
+
+def test_a_server_started_anew_that_embeds_otherwise_stops_the_run(
+    three: list[FakeOllama], base: Path, expected: list[bytes]
+) -> None:
+    """Its version and its digests are what they were."""
+    restart = {"endpoint": "/api/chat", "when": 4, "fault": "reset"}
+    three[1].control(script=[restart], other_engine=False)
+
+    def replace() -> None:
+        wait_for(lambda: len(asked_of(three[1])) >= 4)
+        three[1].control(other_engine=True)
+
+    with meanwhile(replace):
+        assert phase2(base, flags(*three)) == 2
+    three[1].control(other_engine=False)
+    assert phase2(base, flags(*three)) == 0
     assert arrays(base) == expected
 
 
@@ -442,8 +481,9 @@ def test_local_workers_make_the_bytes_of_one_server_though_one_is_killed(
 @pytest.mark.parametrize(
     ("asked", "error"),
     [
-        ([], "no Dask scheduler answers at tcp://127.0.0.1:9"),
-        (["--host", "there"], "leave --host out"),
+        (["tcp://127.0.0.1:9"], "no Dask scheduler answers at tcp://127.0.0.1:9"),
+        (["tcp://127.0.0.1:9", "--host", "there"], "leave --host out"),
+        (["local:1", "--host", "one,two"], "2 servers need --dask local:2"),
     ],
 )
 def test_what_stands_in_the_way_of_dask_is_one_line(
@@ -454,8 +494,29 @@ def test_what_stands_in_the_way_of_dask_is_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(utils, "CONNECT_S", 0.5)
-    assert phase2(base, [*asked, "--dask", "tcp://127.0.0.1:9"]) == 2
+    assert phase2(base, ["--dask", *asked]) == 2
     assert error in caplog.text
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_where_dask_requires_tls_the_line_says_so(
+    base: Path, local: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = "local:1" if local else "tcp://127.0.0.1:9"
+    required: Any = dask.config.set({"distributed.comm.require-encryption": True})
+    with required:
+        assert phase2(base, ["--dask", address]) == 2
+    assert "both use TLS or neither" in caplog.text
+
+
+def test_what_listens_but_is_no_scheduler_is_given_up(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(utils, "CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        assert phase2(base, ["--dask", address]) == 2
+    assert f"no Dask scheduler answers at {address}" in caplog.text
 
 
 def test_without_dask_the_line_says_how_to_install_it(

@@ -33,7 +33,7 @@ def with_new_images(trained: Path, base: Path) -> Path:
     shutil.copytree(trained, base, dirs_exist_ok=True)
     for label in phantoms.LABELS:
         image = phantoms.exposure(label, 90, side=160)
-        phantoms.write(image, base / "new" / f"<b>{label}.dcm")
+        phantoms.write(image, base / "new" / f"&lt;{label}.dcm")
     phantoms.write(phantoms.unrelated(1000, side=160), base / "new" / "chest")
     (base / "new" / "text").write_text("not an image " * 50)
     return base
@@ -253,7 +253,7 @@ def test_labels_that_are_the_programs_own_answers_are_counted(
     caplog.set_level(logging.WARNING)
     labelled = base / "datos_etiquetados"
     assert phase4(base, server, "--copy-to", labelled) == 1
-    copied = [p for p in labelled.rglob("*") if p.name.startswith("<b>")]
+    copied = [p for p in labelled.rglob("*") if p.name.startswith("&lt;")]
     known = [p for p in copied if p.parent.name in phantoms.LABELS]
     assert known
     shutil.rmtree(labelled / "no_concluyente", ignore_errors=True)
