@@ -48,7 +48,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -533,22 +533,19 @@ def start_pool(count: int) -> ProcessPool:
             ignore(None, False)
         return pool
     environment, heard = dict(os.environ), os.dup(2)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     # It would look in the current folder first, whose files may have any name.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         silence(2)  # a worker that is ended while it starts says so
-        # Started by the other process, it would let interrupts through to all of them.
-        resource_tracker.ensure_running()
-        forkserver.set_forkserver_preload([Path(__file__).stem])
-        forkserver.ensure_running()
+        with utils.interrupts_later():
+            forkserver.set_forkserver_preload([Path(__file__).stem])
+            forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(environment)
         os.dup2(heard, 2)
         os.close(heard)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     context: Any = multiprocessing.get_context("forkserver")
     return ProcessPool(count, initializer=start_worker, context=context)
 

@@ -49,6 +49,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from itertools import zip_longest
+from multiprocessing import resource_tracker
 from pathlib import Path
 from socket import gethostname
 from types import MappingProxyType
@@ -192,6 +193,22 @@ def disk_problem(error: OSError) -> str:
     elif sys.platform == "win32" and len(str(error.filename)) > 259:
         remedy = "a path of over 259 characters: choose a folder nearer to the root"
     return f"{where}{error.strerror or error}: {remedy}"
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; processes made in it never hear it."""
+    if sys.platform == "win32":
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        # Started later, by multiprocessing, it would end the block.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_logging(logger: logging.Logger, cfg: config.Config) -> None:
@@ -2689,11 +2706,8 @@ async def _dask_client(cfg: config.Config, opened: AsyncExitStack) -> Any:
             scheduler: Any = cfg.dask
             if is_local:
                 scheduler = _local_workers(cfg, distributed)
-                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-                try:  # Ctrl-C is for this process: the workers inherit that
+                with interrupts_later():
                     await opened.enter_async_context(scheduler)
-                finally:
-                    signal.signal(signal.SIGINT, heard)
             client = distributed.Client(scheduler, asynchronous=True, timeout=CONNECT_S)
             opened.push_async_callback(client.close)
             return await client
@@ -3278,6 +3292,7 @@ class VlmServer:
 async def _refuse_redirect(reply: Any) -> None:
     """The client says of it only that it came."""
     if reply.has_redirect_location:
+        await reply.aread()  # or the connection is lost
         where = reply.headers["location"]
         raise _ollama().ResponseError(where, reply.status_code)
 
