@@ -670,7 +670,7 @@ def test_what_is_not_ollama_is_named_by_its_status_and_remedy(
 
 
 def test_a_redirect_of_a_later_request_names_the_new_address(fake: FakeOllama) -> None:
-    rule = {"endpoint": "/api/chat", "when": 1, "times": 9}
+    rule = {"endpoint": "/api/show", "when": 1, "times": 9}
     fake.control(script=[{**rule, "fault": "redirect"}])
     with pytest.raises(
         PipelineError, match=r"301: http://127\.0\.0\.1:9/ollama.*--host"
