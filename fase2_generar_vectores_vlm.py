@@ -356,6 +356,8 @@ async def describe(
     if sight and (todo or book.unconfirmed()):
         await sight.run(cfg.any_host)
         todo = open_images(images, book, cfg)
+    # The dataset will change: until it is whole again it has no manifest.
+    (cfg.folder("dataset_dir") / config.MANIFEST).unlink(missing_ok=True)
     to_ask = sum(unasked for _, unasked in todo)
     in_all = sum(len(questions_for(image.label, cfg)) for image in images)
     log.info("answers: %d in the journal, %d to ask", in_all - to_ask, to_ask)
@@ -648,7 +650,7 @@ def finished(
     facts = ServerFacts(**{name: last[name] for name in names}, probe=probe)
     book = AnswerBook(journal, cfg, facts)
     warn(images, book)
-    if not cfg.no_sight_test and (unconfirmed := book.unconfirmed()):
+    if not cfg.no_sight_test and (unconfirmed := sum(book.unconfirmed())):
         log.warning("warning: no sight test has confirmed %d answers", unconfirmed)
     return images, book
 
@@ -672,8 +674,6 @@ async def interview(
         warn(images, book)
         if cfg.estimate:
             return images, book, {}, [await estimate(images, servers, book, cfg)]
-        # The dataset will change: until it is whole again it has no manifest.
-        (folder / config.MANIFEST).unlink(missing_ok=True)
         failures = await describe(images, servers, book, cfg)
         return images, book, failures, [*utils.work_done(servers)]
 

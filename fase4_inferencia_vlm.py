@@ -188,7 +188,8 @@ class Inference:
     sight test shows that the server looked; with --no-sight-test nothing waits.
     """
 
-    servers: Sequence[utils.VlmServer]
+    slots: Sequence[utils.Slot]
+    sight: utils.SightTest | None
     model: asyncio.Task[utils.Model]
     book: AnswerBook
     sinks: "Sequence[Sink]"
@@ -209,32 +210,29 @@ class Inference:
 
     async def run(self, paths: Sequence[Path]) -> None:
         """Classify every file; a file that fails is shown with its reason."""
-        slots = utils.slots_of(self.cfg, self.servers)
-        sight = None if self.cfg.no_sight_test else utils.SightTest(slots, self.book)
-
-        async def test(at_least: int = 0, may_drop: bool = False) -> None:
-            if sight and self.asked >= at_least:
-                self.asked = 0
-                try:
-                    await sight.run(may_drop)
-                except utils.BlindError:
-                    self.withdraw()
-                    raise
-                self.settle()
 
         def begin() -> Iterator[Result]:
             for path in paths:
                 self.begun.append(Result(path))
                 yield self.begun[-1]
 
-        if sight and not sight.is_recent(answers=500, minutes=30):
-            await test(may_drop=self.cfg.any_host)
-        self.bar.reset()  # time left is by what the images need
         await utils.image_by_image(
-            begin(), look_at, self.finish, slots, lambda: test(TEST_EVERY)
+            begin(), look_at, self.finish, self.slots, lambda: self.test(TEST_EVERY)
         )
-        await test(TEST_AT_END + 1)
+        if len(self.book.unconfirmed()) > TEST_AT_END:  # also those of a killed run
+            await self.test()
         self.settle()
+
+    async def test(self, at_least: int = 0) -> None:
+        """See whether the server looks, after so many images that were asked."""
+        if self.sight and self.asked >= at_least:
+            self.asked = 0
+            try:
+                await self.sight.run()
+            except utils.BlindError:
+                self.withdraw()
+                raise
+            self.settle()
 
     async def finish(self, result: Result, _: None, turn: utils.Turn) -> None:
         """Decide, and show what no earlier file keeps waiting."""
@@ -587,6 +585,10 @@ async def classify(
         for warning in warnings if not cfg.json else ():
             print(f"warning: {warning}", flush=True)
         book = open_book(cfg, facts, opened)
+        slots = utils.slots_of(cfg, servers)
+        sight = None if cfg.no_sight_test else utils.SightTest(slots, book)
+        if sight and not sight.is_recent(answers=500, minutes=30):
+            await sight.run(cfg.any_host)  # earlier results stand until then
         sinks = list(open_outputs(cfg, classes, opened))
         if cfg.copy_to:
             sinks.append(partial(copy_into, cfg.copy_to, book))
@@ -601,7 +603,7 @@ async def classify(
         hidden = cfg.quiet or None  # None: off a terminal
         bar = tqdm(total=len(files), unit="image", disable=hidden, smoothing=0)
         opened.enter_context(bar)
-        images = Inference(servers, model, book, sinks, made_with, bar, cfg)
+        images = Inference(slots, sight, model, book, sinks, made_with, bar, cfg)
         await images.run(files)
         bar.close()
         for said in (summary(images.settled), *utils.work_done(servers)):

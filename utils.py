@@ -48,7 +48,7 @@ from contextlib import (
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 from multiprocessing import resource_tracker
 from pathlib import Path
 from socket import gethostname
@@ -1857,20 +1857,20 @@ class AnswerBook:
         """When a sight test was last passed, UTC in ISO 8601; "" for never."""
         return str((self.servers.get("sight") or {}).get("time") or "")
 
-    def unconfirmed(self) -> int:
-        """Answers, of whatever run, since the last passed sight test."""
-        return sum(len(keys) for _, keys in self._since(self.last_pass))
+    def unconfirmed(self) -> list[int]:
+        """How many answers each image has, of whatever run, since the last pass."""
+        return [len(keys) for _, keys in self._since(self.last_pass)]
 
     def set_aside(
-        self, moment: str, server: str = "", why: PipelineError | None = None
+        self, moment: str, by: Collection[str], why: PipelineError | None = None
     ) -> int:
-        """Forget what was answered after the last moment at which all was well.
+        """Forget what this VLM answered after the last moment at which all was well.
 
-        By one server or all. `why` ends the run: what is still in flight is not kept,
+        On the servers `by`. `why` ends the run: what is still in flight is not kept,
         either. Returns how many answers will be asked anew.
         """
         self.distrusted, count = why, 0
-        for journal, keys in self._since(moment, server):
+        for journal, keys in self._since(moment, by):
             journal.add({"taken_back": keys})
             count += len(keys)
             if journal.path:
@@ -1878,9 +1878,13 @@ class AnswerBook:
         return count
 
     def _since(
-        self, moment: str, server: str = ""
+        self, moment: str, by: Collection[str] = ()
     ) -> Iterator[tuple[Journal, list[str]]]:
-        """The journals with answers after a moment, and the keys of those."""
+        """The journals with this VLM's answers after a moment, and the keys of those.
+
+        Of all servers, or some. Up to version 1.9 answers don't say of which VLM.
+        """
+        known = None, self.facts.vlm_digest
         start = datetime.fromisoformat(moment).timestamp() if moment else 0.0
         for path in self.folder.glob("?*.jsonl") if self.folder else ():
             # Only what was written since is read; FAT counts in steps of two seconds.
@@ -1891,7 +1895,8 @@ class AnswerBook:
                     for key, one in journal.items()
                     if "prompt" in one
                     and str(one.get("time") or "") > moment
-                    and server in ("", one.get("server"))
+                    and one.get("vlm_digest") in known
+                    and (not by or one.get("server") in by)
                 ]
                 if keys:
                     yield journal, keys
@@ -1908,7 +1913,7 @@ class AnswerBook:
         try:
             await server.check_unchanged()
         except ModelChangedError as error:
-            self.set_aside(moment, server.url, error)
+            self.set_aside(moment, [server.url], error)
             raise
 
 
@@ -2261,37 +2266,36 @@ class Interview:
 SIGHT_QUESTIONS, SIGHT_EVERY = 3, 1000
 """Questions asked of each of two pictures; answers between two tests."""
 
+SIGHT_ORDER = ((0, 1), (2, 1, 2, 0), (2, 0, 2, 1))
+"""For each question, the pictures in turn. The third stands between the two: a server
+that answers about the picture before else swaps them, as good as seeing."""
+
 Looks = NDArray[np.float32]
 """Embedded answers about disc and bars, (n_slots, 2, n_questions, n_features)."""
 
 
-def sight_pictures() -> tuple[bytes, bytes]:
-    """A bright disc on dark and dark bars on bright, PNG of the size of a picture."""
+def sight_pictures() -> tuple[bytes, bytes, bytes]:
+    """A bright disc on dark, dark bars on bright, and checks, as PNG."""
     side = config.IMAGE_SIDE_PX
     down, across = np.indices((side, side)) - side // 2
     disc = np.where(np.hypot(down, across) < side / 4, 230, 25)
     bars = np.where(across // 24 % 2, 30, 225)
-    return _png(disc.astype(np.uint8)), _png(bars.astype(np.uint8))
+    checks = np.where((across // 40 + down // 40) % 2, 60, 200)
+    drawn = (_png(one.astype(np.uint8)) for one in (disc, bars, checks))
+    return next(drawn), next(drawn), next(drawn)
 
 
-def sight_distances(looks: Looks, means: Looks | None = None) -> NDArray[np.float64]:
-    """How far each answer is from those about its own, and about the other picture.
-
-    Parameters
-    ----------
-    means : ndarray (2, n_features), optional
-        Mean answer about each picture. By default of the looks themselves, without the
-        answer in question.
+def sight_distances(looks: Looks) -> NDArray[np.float64]:
+    """How far each answer is from the others about its own picture, and the other's.
 
     Returns
     -------
     ndarray, float64 (n_slots, 2, n_questions, 2)
-        Cosine distances to its own picture's mean and to the other's; NaN where a text
-        has no embedding.
+        Cosine distances to its own picture's mean, without the answer in question, and
+        to the other's; NaN where a text has no embedding.
     """
-    about = np.asarray(looks.sum(axis=(0, 2)) if means is None else means, np.float64)
-    other = about[None, ::-1, None]
-    own = about[None, :, None] - (looks if means is None else 0)
+    about = np.asarray(looks.sum(axis=(0, 2)), np.float64)
+    own, other = about[None, :, None] - looks, about[None, ::-1, None]
     with np.errstate(invalid="ignore"):
         cosines = [
             np.sum(looks * mean, axis=-1)
@@ -2314,8 +2318,9 @@ class SightTest:
     def __init__(self, slots: list[Slot], book: AnswerBook) -> None:
         self._slots, self._book, self._one_at_a_time = slots, book, asyncio.Lock()
         self._counted, self.seconds = 0, 0.0
-        self.found: list[NDArray[np.float64]] = []
-        """The distances of the last test: see `run`."""
+        self.found: list[tuple[str, NDArray[np.float64]]] = []
+        """Of the last test each slot's name, and its answers' distances to their own
+        picture's, to the other's, float64 (n_answers, 2)."""
 
     @property
     def _tested(self) -> dict[str, Any]:
@@ -2334,7 +2339,7 @@ class SightTest:
         if not (book.last_pass and self._tested.items() <= last.items()):
             return False
         age = datetime.now(UTC) - datetime.fromisoformat(book.last_pass)
-        return age < timedelta(minutes=minutes) and book.unconfirmed() < answers
+        return age < timedelta(minutes=minutes) and sum(book.unconfirmed()) < answers
 
     async def when_due(self, answers: int = 0) -> None:
         """Test again after a reconnect, a change of version or so many answers.
@@ -2346,15 +2351,14 @@ class SightTest:
             if changed or self._book.kept - self._counted >= (answers or SIGHT_EVERY):
                 await self.run()
 
-    async def run(self, may_drop: bool = False) -> list[NDArray[np.float64]]:
-        """Test all slots; if one fails the answers since the last pass are set aside.
+    def _name(self, slot: Slot) -> str:
+        own = [one for one in self._slots if one.server is slot.server]
+        return f"slot {own.index(slot) + 1} of the server at {slot.server.url}"
+
+    async def run(self, may_drop: bool = False) -> None:
+        """Test all slots; if one fails its answers since the last pass are set aside.
 
         With `may_drop` the run goes on without its server, where there is another.
-
-        Returns
-        -------
-        list of ndarray, float64 (n_answers, 2)
-            Of each slot's answers: distance to their own picture's, to the other's.
 
         Raises
         ------
@@ -2364,21 +2368,29 @@ class SightTest:
             All servers went away, and stay so.
         """
         started, self._counted, book = time.monotonic(), self._book.kept, self._book
+        for server in {slot.server for slot in self._slots if slot.server.changed}:
+            with suppress(ServerAwayError):
+                await book.confirm(server)
         while not (seen := await self._look()):
             for slot in self._slots:
                 await slot.server.come_back(others_work=False)
         self.seconds += time.monotonic() - started
         slots, looks = [slot for slot, _ in seen], np.array([rows for _, rows in seen])
-        self.found = [sight_distances(one[None]).reshape(-1, 2) for one in looks]
+        self.found = [
+            (self._name(slot), sight_distances(one[None]).reshape(-1, 2))
+            for slot, one in zip(slots, looks, strict=True)
+        ]
         while wrong := self._doubtful(looks):
             worst = wrong.index(max(wrong))
             server = slots[worst].server
             own = [slot for slot in slots if slot.server is server]
-            aside = book.set_aside(book.last_pass)
+            pairs = zip(slots, wrong, strict=True)
+            doubted = {slot.server.url for slot, count in pairs if count}
+            aside = book.set_aside(book.last_pass, doubted)
             since = f"{aside} answers since the last passed test are set aside: "
             error = BlindError(
-                f"slot {own.index(slots[worst]) + 1} of the server at {server.url} "
-                f"(Ollama {server.version}) does not see the pictures it is sent "
+                f"{self._name(slots[worst])} (Ollama {server.version}) does not see "
+                "the pictures it is sent "
                 f"({wrong[worst]} of {2 * SIGHT_QUESTIONS} answers fit another): "
                 f"{since if aside else ''}restart the server or try another version "
                 "of Ollama, then run the same command again"
@@ -2392,28 +2404,16 @@ class SightTest:
             self._slots[:] = [slot for slot in self._slots if slot.server != server]
             looks = looks[[slot.server is not server for slot in slots]]
             slots = [slot for slot in slots if slot.server is not server]
-        means = [pack_vector(mean) for mean in looks.mean(axis=(0, 2))]
-        book.servers.add(
-            {"key": "sight", "time": _now(), "means": means, **self._tested}
-        )
-        return self.found
+        book.servers.add({"key": "sight", "time": _now(), **self._tested})
 
     def _doubtful(self, looks: Looks) -> list[int]:
         """Of each slot, how many answers fit another picture; empty where all see.
 
         A slot alone may have one such answer. A server picks its slots itself, so that
-        a blind one may have answered in several: all together may have one, too. And
-        always one picture late is as good as seeing, but for the names: the means of
-        the last pass tell.
+        a blind one may have answered in several: all together may have one, too.
         """
-        pooled = sight_distances(looks)
-        doubts = [np.concatenate([sight_distances(one[None]) for one in looks]), pooled]
-        last = self._book.servers.get("sight") or {}
-        if all(last.get(name) == self._tested[name] for name in ("digests", "engine")):
-            means = np.array([unpack_vector(one) for one in last["means"]])
-            # Up to version 1.7 there is one of each question.
-            means = means.reshape(2, -1, means.shape[-1]).mean(axis=1)
-            doubts.append(sight_distances(looks, means))
+        alone = np.concatenate([sight_distances(one[None]) for one in looks])
+        doubts = alone, sight_distances(looks)
         wrong = np.array(
             [np.sum(~(one[..., 0] < one[..., 1]), axis=(1, 2)) for one in doubts]
         )
@@ -2425,25 +2425,28 @@ class SightTest:
 
         In step, so that a server needs all its slots for each question.
         """
-        looks, rounds = [], []
+        looks, said = [], dict[tuple[int, int], list[str]]()
         async with AsyncExitStack() as held:
             for slot in self._slots:
                 await held.enter_async_context(slot.free)
                 slot.server.changed = False
             pictures = sight_pictures()
-            for question in questions("generic", SIGHT_QUESTIONS):
-                for png in pictures:
-                    asked = [self._say(s, png, question.prompt) for s in self._slots]
-                    rounds.append(await asyncio.gather(*asked))
-            for slot, texts in zip(self._slots, zip(*rounds, strict=True), strict=True):
+            asked = questions("generic", SIGHT_QUESTIONS)
+            for number, order in enumerate(SIGHT_ORDER):
+                prompt = asked[number].prompt
+                for at in order:
+                    each = (self._say(s, pictures[at], prompt) for s in self._slots)
+                    said[at, number] = await asyncio.gather(*each)
+            judged = product(range(2), range(SIGHT_QUESTIONS))
+            by_slot = zip(*(said[both] for both in judged), strict=True)
+            for slot, texts in zip(self._slots, by_slot, strict=True):
                 if not all(texts):
                     continue
                 with suppress(ServerAwayError):
                     rows = await slot.server.embed(texts)
                     none = np.zeros_like(self._book.facts.probe)
                     full = np.array([none if row is None else row for row in rows])
-                    by_question = full.reshape(SIGHT_QUESTIONS, 2, -1)
-                    looks.append((slot, by_question.swapaxes(0, 1)))
+                    looks.append((slot, full.reshape(2, SIGHT_QUESTIONS, -1)))
         return looks
 
     async def _say(self, slot: Slot, png: bytes, prompt: str) -> str:
@@ -2465,10 +2468,10 @@ async def only_sight(
             await test.run()
         finally:
             show("distance of each answer to those about its own / the other picture")
-            for number, pairs in enumerate(test.found, 1):
+            for name, pairs in test.found:
                 shown = [f"{own:.3f} / {other:.3f}" for own, other in pairs]
-                show(f"  slot {number}, disc: {', '.join(shown[:SIGHT_QUESTIONS])}")
-                show(f"  slot {number}, bars: {', '.join(shown[SIGHT_QUESTIONS:])}")
+                show(f"  {name}, disc: {', '.join(shown[:SIGHT_QUESTIONS])}")
+                show(f"  {name}, bars: {', '.join(shown[SIGHT_QUESTIONS:])}")
         show("passed: every slot sees the pictures that it is sent")
 
 
@@ -3110,6 +3113,7 @@ class VlmServer:
             "time": _now(),
             "server": self.url,
             "server_version": self.version,
+            "vlm_digest": self.facts.vlm_digest,
         }
 
     def has_answered(self, started: float) -> None:
@@ -3495,7 +3499,7 @@ def load_model(folder: Path, metrics: Mapping[str, Any]) -> Model:
             owner=arrays["owner"],
             names=arrays["names"],
             thresholds=metrics["thresholds"],
-            modalities=metrics["modalities"],
+            modalities=metrics.get("modalities", ()),
         )
 
 

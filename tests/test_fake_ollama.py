@@ -187,7 +187,7 @@ RAISED: dict[str, type[Exception]] = dict.fromkeys(NAMES, ollama.ResponseError)
 RAISED |= {"html_200": json.JSONDecodeError, "json_list": AttributeError}
 RAISED |= dict.fromkeys(("cut", "drop", "refuse"), httpx.RemoteProtocolError)
 RAISED |= dict.fromkeys(("hang", "slow"), httpx.ReadTimeout)
-RAISED |= {"reset": httpx.ReadError, "redirect": ConnectionError}
+RAISED |= {"reset": httpx.TransportError, "redirect": ConnectionError}
 
 
 @pytest.mark.parametrize("fault", RAISED)

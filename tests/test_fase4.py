@@ -628,7 +628,7 @@ def test_a_blind_server_withdraws_what_was_shown_since_the_last_pass(
     monkeypatch.setattr(fase4, "TEST_AT_END", 0)
     table, rule = (
         tmp_path / "r.csv",
-        {"endpoint": "/api/chat", "when": 9, "times": 10**6},
+        {"endpoint": "/api/chat", "when": 13, "times": 10**6},
     )
     with FakeOllama(script=[{**rule, "fault": "blind"}]) as fake:
         flags = [f for f in server_flags(fake.url) if f != "--no-sight-test"]
@@ -639,6 +639,35 @@ def test_a_blind_server_withdraws_what_was_shown_since_the_last_pass(
     assert [row["error"] for row in rows] == ["withdrawn: the sight test failed"] * 3
     assert capsys.readouterr().out.count("withdrawn") == 3
     assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_answers_of_a_killed_run_are_tested_before_their_rows_are_written(
+    base: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fase4, "TEST_AT_END", 2)
+    monkeypatch.setattr(utils.SightTest, "is_recent", lambda *_, **__: True)
+    table = tmp_path / "r.csv"
+    with FakeOllama() as fake:
+        phase4(base, fake, "--ask-all", new)  # without a sight test
+        fake.control(faults={"blind": 1.0})
+        flags = [f for f in server_flags(fake.url) if f != "--no-sight-test"]
+        more = ["--ask-all", "--csv", str(table)]
+        code = fase4.main(["--base", str(base), *flags, *K, *more, str(new)])
+    assert code == 2
+    errors = [row["error"] for row in utils.read_csv(table)]
+    assert errors == ["withdrawn: the sight test failed"] * 3
+
+
+def test_earlier_results_stand_where_the_server_is_blind_at_the_start(
+    base: Path, new: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "r.csv"
+    table.write_text("earlier")
+    with FakeOllama(faults={"blind": 1.0}) as fake:
+        flags = [f for f in server_flags(fake.url) if f != "--no-sight-test"]
+        more = ["--csv", str(table)]
+        assert fase4.main(["--base", str(base), *flags, *K, *more, str(new)]) == 2
+    assert table.read_text() == "earlier"
 
 
 def test_what_hangs_on_answers_that_were_set_aside_is_withdrawn(

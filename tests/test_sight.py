@@ -23,6 +23,8 @@ from utils import (
 )
 
 EYES = ("blind", "former", "stuck", "merged")
+TEST = sum(map(len, utils.SIGHT_ORDER))
+"""Questions of one test, to each slot."""
 
 
 def flags(url: str) -> list[str]:
@@ -41,7 +43,9 @@ def look(fake: FakeOllama, *more: str) -> list[NDArray[np.float64]]:
     async def run() -> list[NDArray[np.float64]]:
         async with utils.open_servers(cfg, print) as [server]:
             book = AnswerBook(None, cfg, await server.preflight())
-            return await SightTest(utils.slots_of(cfg, [server]), book).run()
+            test = SightTest(utils.slots_of(cfg, [server]), book)
+            await test.run()
+            return [pairs for _, pairs in test.found]
 
     return asyncio.run(run())
 
@@ -61,7 +65,7 @@ def questions(fake: FakeOllama) -> int:
 def test_a_server_that_sees_passes_on_every_slot() -> None:
     with FakeOllama(num_parallel=3) as fake:
         found = look(fake, "--server-parallel", "3")
-        assert questions(fake) == 3 * 6
+        assert questions(fake) == 3 * TEST
     assert [len(pairs) for pairs in found] == [6, 6, 6]
     assert all(own < other for pairs in found for own, other in pairs)
 
@@ -70,6 +74,15 @@ def test_a_server_that_sees_passes_on_every_slot() -> None:
 def test_eyes_that_fail_are_caught(fake: FakeOllama, fault: str) -> None:
     fake.control(faults={fault: 1.0})
     with pytest.raises(BlindError, match=r"slot 1 .* does not see.*restart the server"):
+        look(fake)
+
+
+def test_answers_of_the_picture_before_are_caught_from_the_first_test_on(
+    fake: FakeOllama,
+) -> None:
+    look(fake)  # the fault begins with a server's third question
+    fake.control(faults={"former": 1.0})
+    with pytest.raises(BlindError, match=r"[3-6] of 6 answers fit another"):
         look(fake)
 
 
@@ -106,7 +119,7 @@ def test_what_is_in_flight_when_a_run_is_ended_is_not_kept() -> None:
     answers = book.of(utils.PreparedImage("image", "view", b""))
     question = utils.questions("generic", 1)[0]
     answers.keep(question, 0, {"text": "kept", "done": True})
-    book.set_aside("", why=BlindError("it does not see"))
+    book.set_aside("", [], why=BlindError("it does not see"))
     with pytest.raises(BlindError, match="it does not see"):
         answers.keep(question, 1, {"text": "in flight", "done": True})
 
@@ -116,7 +129,7 @@ def test_a_run_is_tested_at_its_start_and_its_end(
 ) -> None:
     base = labelled(per_class=1)
     assert phase2(base, fake) == 0
-    assert questions(fake) == 15 + 2 * 6
+    assert questions(fake) == 15 + 2 * TEST
 
 
 def test_a_second_run_with_nothing_to_ask_is_not_tested(
@@ -137,7 +150,7 @@ def test_a_server_that_goes_blind_leaves_no_row(
     fault: str,
 ) -> None:
     base = labelled()
-    rule = {"endpoint": "/api/chat", "when": 12, "times": 10**6, "fault": fault}
+    rule = {"endpoint": "/api/chat", "when": 16, "times": 10**6, "fault": fault}
     fake.control(script=[rule])
     assert phase2(base, fake) == 2
     assert "answers since the last passed test are set aside" in caplog.text
@@ -159,6 +172,26 @@ def test_answers_of_a_killed_run_stand_or_fall_with_the_next_test(
     assert answers_kept(base) == 0
 
 
+def test_another_vlm_that_does_not_see_takes_back_only_its_own(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    assert phase2(base, fake, "--no-sight-test") == 0
+    fake.control(models=("demo-vlm", "other-vlm", "demo-embed"), faults={"blind": 1.0})
+    assert phase2(base, fake, "--vlm", "other-vlm") == 2
+    assert answers_kept(base) == 15
+
+
+def test_a_failed_first_test_leaves_a_finished_dataset(
+    fake: FakeOllama, labelled: LabelFolder
+) -> None:
+    base = labelled(per_class=1)
+    assert phase2(base, fake) == 0
+    fake.control(faults={"blind": 1.0})
+    assert phase2(base, fake, "--descriptions", "8") == 2
+    assert (base / "dataset_final_vlm" / config.MANIFEST).exists()
+
+
 def test_answers_before_the_last_pass_stand(
     fake: FakeOllama, labelled: LabelFolder
 ) -> None:
@@ -172,10 +205,10 @@ def test_answers_before_the_last_pass_stand(
 def test_a_reconnect_is_followed_by_a_test(
     fake: FakeOllama, labelled: LabelFolder
 ) -> None:
-    rule = {"endpoint": "/api/chat", "when": 10, "fault": "refuse", "seconds": 0.3}
+    rule = {"endpoint": "/api/chat", "when": 14, "fault": "refuse", "seconds": 0.3}
     fake.control(script=[rule])
     assert phase2(labelled(), fake) == 0
-    assert questions(fake) >= 30 + 3 * 6
+    assert questions(fake) >= 30 + 3 * TEST
 
 
 def test_every_so_many_answers_there_is_a_test(
@@ -184,7 +217,7 @@ def test_every_so_many_answers_there_is_a_test(
     monkeypatch.setattr(utils, "SIGHT_EVERY", 10)
     assert phase2(labelled(), fake) == 0
     # At the start, at the end, and once or twice between, as the images fall.
-    assert questions(fake) in (30 + 3 * 6, 30 + 4 * 6)
+    assert questions(fake) in (30 + 3 * TEST, 30 + 4 * TEST)
 
 
 def test_the_test_alone_prints_every_distance(
