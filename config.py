@@ -49,7 +49,7 @@ JOURNAL_DIR = "descripciones"  # 2, 4: append-only JSON Lines of answers per ima
 CLASSIFIER = "clasificador_svc.joblib"  # 3: loads with scikit-learn and numpy alone
 SCALER = "escalador.joblib"  # 3: the same
 SECOND_READER = "segundo_lector.joblib"  # 3: the same, a pipeline
-NEIGHBOURS = "vecinos.npz"  # 3: generic rows, scaled: known images from strangers
+NEIGHBOURS = "vecinos.npz"  # 3: generic rows, scaled: known images from unknown
 CONFUSION_MATRIX = "matriz_de_confusion.png"  # 3
 REPORT = "informe.html"  # 3: all that the console says, with the training images
 METRICS = "metricas.json"  # 3: all figures; written last
@@ -174,7 +174,7 @@ def _knob(
     default: Any,
     help_text: str,
     least: float = 0,
-    most: float = math.inf,
+    most: float = 1e6,
     **more: Any,
 ) -> Any:
     """A field that knows the phases that show it as a flag, and its limits.
@@ -251,7 +251,7 @@ class Config:
         VLM, False, "don't test whether the server looks at the pictures"
     )
     sight_test_only: bool = _knob(VLM, False, "only test that; print every distance")
-    descriptions: int = _knob((2,), 50, "descriptions per labelled image", 1)
+    descriptions: int = _knob((2,), 50, "descriptions per labelled image", 1, 1000)
     generic_share: float = _knob(
         (2,), 0.2, "share of them asked with the generic prompts, 0 to 1", most=1
     )
@@ -281,7 +281,7 @@ class Config:
     )
 
     inference_descriptions: int = _knob(
-        (3, 4), 10, "generic descriptions per new image", 1, flag="descriptions"
+        (3, 4), 10, "generic descriptions per new image", 1, 1000, flag="descriptions"
     )
     json: bool = _knob((4,), False, "print one JSON object per image")
     csv: Path | None = _knob((4,), None, "also write the results to this CSV file")

@@ -73,6 +73,8 @@ IMAGE_COLUMNS = (
 LIBRARIES = ("numpy", "ollama", "pillow", "pydicom", "imagecodecs")
 ESTIMATE_QUESTIONS = 6
 """Asked of one image per server slot by --estimate."""
+EMBED_EVERY = 20
+"""Images embedded together by a server that holds one model at a time."""
 PLAIN_LINE_S = 15.0
 """Where there is no terminal for a bar, a line comes at most so often."""
 
@@ -342,8 +344,8 @@ async def describe(
 ) -> dict[str, str]:
     """Ask and embed all that is open.
 
-    Where the server can't hold both models at once, all embeddings come at the end:
-    else each image would have one model loaded and the other dropped, twice.
+    Where the server can't hold both models at once, EMBED_EVERY images are embedded
+    together: else each would have one model loaded and the other dropped, twice.
 
     Returns
     -------
@@ -382,8 +384,8 @@ async def describe(
     between = sight.when_due if sight else None
     try:
         with logging_redirect_tqdm():
-            for embed in (True,) if book.facts.both_loaded else (False, True):
-                good = [image for image, _ in todo if image.image_id not in failures]
+            for some, embed in turns(todo, book.facts.both_loaded):
+                good = [one for one in some if one.image_id not in failures]
                 step = partial(work, embed=embed)
                 await utils.image_by_image(good, as_labelled, step, slots, between)
     finally:
@@ -392,6 +394,16 @@ async def describe(
         await sight.when_due(answers=1)
         log.info("sight tests: %.0f s", sight.seconds)
     return failures
+
+
+def turns(
+    todo: Sequence[tuple[LabelledImage, int]], both_loaded: bool
+) -> Iterator[tuple[list[LabelledImage], bool]]:
+    """Which images are asked about next, and whether they are embedded."""
+    size = max(1, len(todo) if both_loaded else EMBED_EVERY)
+    for start in range(0, len(todo), size):
+        some = [image for image, _ in todo[start : start + size]]
+        yield from ((some, embed) for embed in sorted({both_loaded, True}))
 
 
 def as_labelled(image: LabelledImage) -> PreparedImage | str:

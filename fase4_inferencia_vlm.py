@@ -31,7 +31,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -630,10 +630,12 @@ def open_book(cfg: Config, facts: ServerFacts, opened: AsyncExitStack) -> Answer
         book.touch()
     except OSError as error:
         log.warning(
-            "warning: %s can't be written (%s): answers are not kept",
+            "warning: %s can't be written (%s): new answers are not kept",
             *(folder, error.strerror),
         )
         aside = opened.enter_context(tempfile.TemporaryDirectory())
+        with suppress(OSError):  # what was kept is not asked again
+            shutil.copytree(folder, aside, dirs_exist_ok=True)
         book = AnswerBook(Path(aside), cfg, facts)
     for note in book.notes:
         log.warning("note: %s", note)

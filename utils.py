@@ -569,7 +569,7 @@ class Journal:
     def _take(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(record, dict):
             return
@@ -579,8 +579,9 @@ class Journal:
                 return
         if isinstance(bad := record.get("quarantined"), str):  # version 1.0
             self._records[bad] = {**self._records.get(bad, {}), "quarantined": True}
-        for key in record.get("taken_back") or ():
-            self._records.pop(key, None)
+        taken_back = record.get("taken_back")
+        for key in taken_back if isinstance(taken_back, list) else ():
+            self._records.pop(str(key), None)
 
 
 # --- DICOM --------------------------------------------------------------------------
@@ -1773,9 +1774,14 @@ def pack_vector(vector: NDArray[np.float32]) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
-def unpack_vector(text: str) -> NDArray[np.float32]:
-    """The float32 vector of `pack_vector`."""
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+def unpack_vector(packed: object) -> NDArray[np.float32]:
+    """The float32 vector of `pack_vector`; empty where it is damaged."""
+    try:
+        data = base64.b64decode(str(packed), validate=True)
+        vector = np.frombuffer(data, "<f4").astype(np.float32)
+    except ValueError:
+        vector = np.empty(0, np.float32)
+    return vector if np.isfinite(vector).all() else vector[:0]
 
 
 # What was answered: the journal folder, shared by phases 2 and 4.
@@ -1823,7 +1829,7 @@ class AnswerBook:
         facts, last = self.facts, self.servers.get("last") or {}
         mine = {"embedder_digest": facts.embedder_digest, "prefix": self.prefix}
         kin = {
-            key: cosine(unpack_vector(one["probe"]), facts.probe)
+            key: cosine(unpack_vector(one.get("probe")), facts.probe)
             for key, one in self.servers.items()
             if key not in ("last", "sight") and mine.items() <= one.items()
         }
@@ -1849,13 +1855,17 @@ class AnswerBook:
         return ImageAnswers(self, self._open(f"{image.image_id}.jsonl"), image)
 
     def touch(self) -> None:
-        """Raise OSError where nothing can be written."""
-        self.servers.add()
+        """Raise OSError where nothing can be written, or the disk is full."""
+        self.servers.add({"key": "last", **(self.servers.get("last") or {})})
 
     @property
     def last_pass(self) -> str:
         """When a sight test was last passed, UTC in ISO 8601; "" for never."""
-        return str((self.servers.get("sight") or {}).get("time") or "")
+        moment = str((self.servers.get("sight") or {}).get("time") or "")
+        with suppress(ValueError):
+            datetime.fromisoformat(moment)
+            return moment
+        return ""
 
     def unconfirmed(self) -> list[int]:
         """How many answers each image has, of whatever run, since the last pass."""
@@ -1945,8 +1955,9 @@ class ImageAnswers:
 
     def vector(self, text: str) -> NDArray[np.float32] | None:
         """The embedding of a text, float32 (n_features,), if there is one yet."""
-        packed = (self.journal.get(self._vector_key(text)) or {}).get("vector")
-        return unpack_vector(packed) if packed else None
+        record = self.journal.get(self._vector_key(text)) or {}
+        vector = unpack_vector(record.get("vector"))
+        return vector if vector.shape == self.book.facts.probe.shape else None
 
     def texts(self, asked: Sequence[Question]) -> list[str]:
         """The chosen answers to questions that all have one."""

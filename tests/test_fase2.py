@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -354,6 +355,39 @@ def test_a_torn_last_line_of_the_journal_costs_one_answer(
     assert phase2(base, fake) == 0
     assert dataset_bytes(base) == before
     assert chats(fake) == asked + 3
+
+
+def spoil(base: Path, name: str, old: str, new: str) -> None:
+    """Change a text in the lines of journals."""
+    for path in (folder_of(base) / config.JOURNAL_DIR).glob(name):
+        text = path.read_text(encoding="utf-8")
+        assert re.search(old, text)
+        path.write_text(re.sub(old, new, text), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("?" * 64 + ".jsonl", r'"vector": "..', '"vector": "~'),
+        ("?" * 64 + ".jsonl", r'"vector": "....', '"vector": "'),
+        ("?" * 64 + ".jsonl", r"\Z", '{"taken_back": 5}\n{"taken_back": [["x"]]}\n'),
+        ("?" * 64 + ".jsonl", r"\Z", "[" * 100_000 + "\n"),
+        ("servidores.jsonl", r'"probe": "..', '"probe": "~'),
+        ("servidores.jsonl", r'"probe"', '"prob"'),
+        ("servidores.jsonl", r"\Z", '{"key": "sight", "time": "2026-13-99"}\n'),
+    ],
+    ids=range(7),
+)
+def test_a_line_that_is_json_and_damaged_costs_no_question(
+    fake: FakeOllama, labelled: LabelFolder, name: str, old: str, new: str
+) -> None:
+    base = labelled(per_class=1)
+    phase2(base, fake)
+    before, asked = dataset_bytes(base), chats(fake)
+    spoil(base, name, old, new)
+    assert phase2(base, fake) == 0
+    assert dataset_bytes(base) == before
+    assert chats(fake) == asked
 
 
 def kill_after(base: Path, url: str, answers: int, fake: FakeOllama) -> None:

@@ -1,6 +1,7 @@
 """Phase 4: what it answers, what it refuses, and what it leaves alone."""
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -582,6 +583,20 @@ def test_a_modality_that_training_lacks_is_refused_by_the_header(
         phase4(base, fake, "--json", "--any-modality", "--ask-all", new)
         assert asked(fake) == 15
     assert not any("Modality" in r["reason"] for r in json_lines(capsys))
+
+
+def test_what_was_kept_where_nothing_can_be_written_now_is_not_asked_again(
+    base: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with FakeOllama() as fake:
+        phase4(base, fake, "--ask-all", new)
+        before = asked(fake)
+        monkeypatch.setattr(utils.AnswerBook, "touch", full)
+        assert phase4(base, fake, "--ask-all", new) == 0
+        assert asked(fake) == before
 
 
 def test_a_journal_that_cannot_be_written_is_warned_of_and_not_needed(

@@ -140,10 +140,18 @@ def test_a_bad_manifest_is_named_with_its_remedy(
         utils.read_json(path, "do that")
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(FINITE, min_size=1))
 def test_a_vector_survives_packing(values: list[float]) -> None:
     vector = np.array(values, np.float32)
     assert np.array_equal(utils.unpack_vector(utils.pack_vector(vector)), vector)
+
+
+@pytest.mark.parametrize("packed", [None, 5, "AAA~AAAA", "AAAAA", "AACAfw=="])
+def test_a_damaged_vector_is_none(packed: object) -> None:
+    assert utils.unpack_vector(packed).shape == (0,)
 
 
 # --- Image preparation --------------------------------------------------------------
