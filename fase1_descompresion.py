@@ -995,7 +995,7 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
     if not rows or not all({"file", "class"} <= {*row} for row in rows):
         raise PipelineError(
             f"{path} is not a list that a page saved, or an empty one: its first line "
-            "must be file,class"
+            "must be file,class, with a comma (a Spanish Excel saves a semicolon)"
         )
     return [(row["file"] or "", row["class"] or "") for row in rows]
 
@@ -1205,7 +1205,7 @@ def report(known: Known) -> None:
         "written": f"images written to {folder} now",
         "known": "images were there before, here or labelled",
         "labelled": f"images found in {known.labelled_dir}, not written again",
-        "renamed": "images of an older version, kept under today's names",
+        "renamed": "images that were there without a record, kept under today's names",
         "kept": f"images were in {folder} without their originals",
         "duplicate": "files hold an image that is there already",
         "rejected": f"files left out: see {folder / config.REJECTED_LIST}",

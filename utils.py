@@ -1235,6 +1235,8 @@ def _decode_rle(stream: Stream, layout: Dataset) -> Decoded:
         segment = imagecodecs.packbits_decode(stream[starts[index] : end])
         if len(segment) < plane:
             raise RejectedError("is truncated: an RLE segment is too short")
+        if len(segment) >= plane + layout.Columns:
+            raise RejectedError("has RLE segments of a larger image than it says")
         sample, byte = divmod(index, size)
         decoded[:, sample, -1 - byte] = np.frombuffer(segment, np.uint8, plane)
         excess += len(segment) - plane
@@ -3381,7 +3383,7 @@ def _short(error: BaseException) -> str:
         text = "its certificate is not trusted"
     elif isinstance(error, ConnectionError):
         text = "no connection"
-    elif type(error).__name__ == "ValidationError":  # of pydantic, in many lines
+    elif type(error).__name__ in ("ValidationError", "JSONDecodeError"):
         text = "the answer is not of Ollama's form"
     with suppress(ValueError, KeyError, TypeError):
         nested = json.loads(text)["error"]

@@ -1778,7 +1778,7 @@ def test_outputs_of_an_older_version_are_known_and_renamed(
     old = {path.name for path in outputs(base)}
     capsys.readouterr()
     assert run(base) == 0
-    assert "5 images of an older version, kept under today's names" in (
+    assert "5 images that were there without a record, kept under today's names" in (
         capsys.readouterr().out
     )
     now = {path.name for path in outputs(base)}
