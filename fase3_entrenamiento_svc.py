@@ -693,7 +693,8 @@ def grouped_estimate(right: Booleans, groups: Integers) -> dict[str, Any]:
 def mean_estimate(values: Floats, words: str = "") -> dict[str, Any]:
     value, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
     half = Z * error
-    return {"value": value, "interval": [value - half, value + half], "words": words}
+    interval = [max(0.0, value - half), value + half]
+    return {"value": value, "interval": interval, "words": words}
 
 
 def promise(wrong: Mapping[str, Any], aim: float) -> dict[str, Any]:
@@ -965,7 +966,7 @@ def check_unseen(
         values = header_values(data.lines, name)
         groups = np.unique(values, return_inverse=True)[1]
         per_group = [len(set(data.labels[groups == g])) for g in np.unique(groups)]
-        if per_group.count(len(data.classes)) < 2:
+        if "" in values or per_group.count(len(data.classes)) < 2:
             continue
         folds = count_folds(data, groups, data.cfg.folds)
         if splits := make_splits(data, groups, folds):
@@ -975,7 +976,8 @@ def check_unseen(
                 f"out; mixed: {accuracy:.2f}"
             )
             return found | {"held_out": name, "words": words}
-    return {"words": "not measured: needs two detectors with every class, or days"}
+    needed = "two detectors, or days, with every class, and one for every image"
+    return {"words": f"not measured: needs {needed}"}
 
 
 def check_time(
@@ -1175,7 +1177,8 @@ def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
         f"measured with {asked} descriptions, all that the dataset has of an image; "
         f"phase 4 asks {metrics['k']}": asked < metrics["k"],
         f"the intervals count images, but those of one {cfg.group_by} are alike: with "
-        f"{splits['groups']} groups the truth may lie outside": cfg.group_by != "image",
+        f"{splits['groups']} groups the truth may lie outside": cfg.group_by != "image"
+        and splits["groups"] < metrics["images"],
         f"{splits['folds']} folds only: the smallest class has no more": splits["folds"]
         < cfg.folds,
         "fewer than 20 images in a class: see how wide the intervals are": fewest < 20,
