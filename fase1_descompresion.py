@@ -945,14 +945,14 @@ def tile(row: Mapping[str, str], label: str | None) -> utils.Tile:
 
 
 def thumbnail(known: Known, name: str, jpeg: bytes = b"") -> bytes:
-    """Keep the thumbnail of an output, or read it; made anew where it is gone."""
+    """Keep the thumbnail of an output, or read it; made anew if gone or damaged."""
     path = known.folder / config.SHEET_THUMBNAILS / f"{name}.jpg"
-    if jpeg or not path.exists():
-        if not jpeg:
-            dataset = utils.read_dicom(known.places[name])
-            jpeg = utils.preview(utils.decode(dataset), dataset)
-        utils.write_file(path, jpeg)
-    return jpeg or path.read_bytes()
+    jpeg = jpeg or (path.read_bytes() if path.is_file() else b"")
+    if not jpeg.startswith(b"\xff\xd8"):
+        dataset = utils.read_dicom(known.places[name])
+        jpeg = utils.preview(utils.decode(dataset), dataset)
+    utils.write_file(path, jpeg)
+    return jpeg
 
 
 # --- Labels from a saved page -------------------------------------------------------
@@ -1026,20 +1026,24 @@ class Labels:
         self._check_class(label)
         source, ours = self._source(file)
         target = self._folder / label / source.name
-        if not source.is_file() and target.is_file():
-            raise RejectedError(f"is in {target.parent} already")
         if not source.is_file():
-            raise RejectedError("is not there: run phase 1, for a page of what is")
+            phase = "1" if ours else "4 with --html"
+            missing = (
+                f"is not there as a file: run phase {phase}, for a page of what is"
+            )
+            done = f"is in {target.parent} already"
+            raise RejectedError(done if target.is_file() else missing)
         image_id = "" if ours else self._new_image(source, label)
         if target.exists() or target in self._targets:
             raise RejectedError(f"{target} is there already")
         self._targets.add(target)
         self._classes.add(label)
+        if image_id:
+            self._ids[image_id] = target
         if self._cfg.dry_run:
             return f"would {'move' if ours else 'copy'} {clean(file)} to {label}"
         bring(source, target, move=ours)
         if image_id:
-            self._ids[image_id] = target
             self._confirm(image_id, label)
         elif self._answers.is_dir():  # phase 4 may have copied it into this class
             with suppress(RejectedError):
@@ -1058,8 +1062,10 @@ class Labels:
 
     def own_name(self, file: str) -> str:
         """The name of a file of phase 1's, also where a page of phase 4 showed it."""
-        path, own = Path(file), self._cfg.folder("decompressed_dir").resolve()
-        return path.name if path.is_absolute() and path.parent == own else file
+        path, own = Path(os.path.normpath(file)), self._cfg.folder("decompressed_dir")
+        if not path.is_absolute():
+            return file
+        return path.name if path.parent == own.resolve() else str(path)
 
     def _source(self, file: str) -> tuple[Path, bool]:
         """The file that a line means, and whether it is phase 1's."""

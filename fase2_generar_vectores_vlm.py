@@ -210,8 +210,10 @@ def warn(images: Sequence[LabelledImage], book: AnswerBook) -> None:
     unseen = 0
     for image in images:
         journal = book.of(image.picture).journal
-        copied, confirmed = (journal.get(key) or {} for key in ("copied", "confirmed"))
-        unseen += copied.get("class") == image.label != confirmed.get("class")
+        confirmed = (journal.get("confirmed") or {}).get("class") == image.label
+        before = (journal.get("copied") or {}).get("class") == image.label  # to 1.9
+        copied = before or journal.get(f"copied to {image.label}") is not None
+        unseen += copied and not confirmed
     if unseen:
         log.warning(
             "warning: %d labels are the program's own answers, unseen by you", unseen

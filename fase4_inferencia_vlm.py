@@ -491,7 +491,7 @@ def copy_into(folder: Path, book: AnswerBook, result: Result, _: Record) -> None
     with utils.atomic_write(target) as copy, original.open("rb") as file:
         shutil.copyfileobj(file, copy)
     copied = {"to": str(target.resolve()), "class": label, "time": now()}
-    book.of(result.picture).journal.add({"key": "copied", **copied})
+    book.of(result.picture).journal.add({"key": f"copied to {label}", **copied})
 
 
 def now() -> str:
@@ -533,6 +533,8 @@ def check_outputs(cfg: Config) -> None:
     if cfg.csv and cfg.html and cfg.csv.resolve() == cfg.html.resolve():
         raise PipelineError(f"--csv and --html both name {cfg.csv}: name two files")
     for path, suffix in ((cfg.csv, ".csv"), (cfg.html, ".html")):
+        if path and not path.name:
+            raise PipelineError(f"--{suffix[1:]} {path}: that is a folder, name a file")
         if path and path.is_file() and path.suffix.lower() != suffix:
             raise PipelineError(
                 f"--{suffix[1:]} would replace {path}: name a file that ends in "

@@ -3810,6 +3810,11 @@ def page(path: Path, sheet: Sheet) -> None:
         about = {"sheet": sheet, "paths": paths, "number": number, "ranks": ranks}
         html = template.render(about, tiles=tiles, pictures=pictures)
         write_file(target, html.encode("utf-8", "backslashreplace"))
+    last = len(paths)
+    while (stale := path.with_stem(f"{path.stem}_{last + 1}")).is_file():
+        last += 1
+        if b'data-save="etiquetas_' in stale.read_bytes():
+            remove_file(stale)  # of more images than there are now
 
 
 def various(thumbnails: Sequence[bytes | None]) -> list[int]:
@@ -3819,8 +3824,9 @@ def various(thumbnails: Sequence[bytes | None]) -> list[int]:
     """
     looks = np.zeros((len(thumbnails), 65))
     for at, jpeg in enumerate(thumbnails):
-        if jpeg:
-            small = Image.open(io.BytesIO(jpeg)).resize((8, 8), Image.Resampling.BOX)
+        with suppress(OSError):  # there is none, or a damaged one
+            image = Image.open(io.BytesIO(jpeg or b""))
+            small = image.resize((8, 8), Image.Resampling.BOX)
             looks[at, :64] = np.asarray(small).ravel()
     looks /= np.linalg.norm(looks.std(axis=0)) or 1
     looks[:, 64] = np.linspace(0, 2, len(looks))
@@ -3894,8 +3900,7 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 .tile { background: var(--card); border: 2px solid transparent; padding: 7px;
   border-left: 6px solid var(--c, transparent); position: relative; font-size: 13px }
 .many .tile { content-visibility: auto; contain-intrinsic-size: auto 290px }
-.tile input { position: absolute; left: 12px; top: 12px; scale: 1.4; margin: 0;
-  scroll-margin: 90px 0 280px } [aria-current] { font-weight: 700; color: inherit }
+.tile input { position: absolute; margin: 5px; scale: 1.4; scroll-margin: 90px 0 280px }
 .tile img { object-fit: contain; background: #000; border-radius: 4px; display: block }
 .tile > img { width: 100%; height: 160px; margin-bottom: 4px; color: #999 }
 .mono, .tile h3 { font: 12px/1.4 ui-monospace, monospace; overflow: hidden }
@@ -3940,8 +3945,8 @@ path, polyline { stroke: var(--blue); stroke-width: 2; fill: none }
 {% if t.group and loop.changed(t.group) %}<h2><bdi>{{ t.group }}</bdi></h2>{% endif %}
 <article class="tile{{ " mark" if t.file }}" data-file="{{ t.file }}"
  data-label="{{ t.label }}" data-state="{{ t.state }}" data-rank="{{ ranks.pop(0) }}">
-{{ picture(t.picture, t.name) }}
 {% if t.file %}<input type="checkbox" aria-label="{{ t.name }}">{% endif %}
+{{ picture(t.picture, t.name) }}
 <bdi class="mine chip"></bdi><bdi class="chip">{{ t.label }}</bdi>
 <bdi class="dim">{{ t.state }}</bdi>
 {% for name, share in t.shares.items() %}{% set part = "%.1f%%"|format(share * 100) %}
@@ -3959,7 +3964,7 @@ const $ = (id) => document.getElementById(id), data = document.body.dataset;
 const all = (css) => [...document.querySelectorAll(css)], main = all("main")[0];
 const tiles = all(".tile"), nodes = [...main.children];
 const colours = ["#56b4e9", "#e69f00", "#2fb58a", "#f0e442", "#cc79a7", "#d5733c"];
-let marks = new Map(), names = [], given = [], anchor = null, drag = false;
+let marks = new Map(), names = [], given = [], anchor = null, here = null, drag = false;
 const box = (tile) => tile.querySelector("input");
 const seen = () => all(".mark:not([hidden])");
 const chosen = () => seen().filter((tile) => box(tile).checked);
@@ -3974,7 +3979,8 @@ function chose() {
   if (chosen().length) given = [];
   for (const tile of all(".mark")) tile.classList.toggle("on", box(tile).checked);
   const shown = `${all(".tile:not([hidden])").length} shown`;
-  say($("give").hidden ? shown : `${chosen().length} marked, ${shown}`);
+  const last = given.length ? `; next class: for the last ${given.length} again` : "";
+  say($("give").hidden ? shown : `${chosen().length} marked, ${shown}${last}`);
 }
 function choose(from, to) { // marks the images from one to another, and no others
   const list = seen(), pair = [from?.hidden ? to : from, to];
@@ -3999,35 +4005,33 @@ function show() {
     const button = document.createElement("button"), digit = at < 9 ? at + 1 : "";
     button.textContent = `${digit} ${name}: ${count.get(name)}`;
     button.style.setProperty("--c", colours[at % 6]);
-    button.onclick = () => give(name);
-    return button;
+    button.onclick = () => give(name); return button;
   }));
-  const listed = [...$("only").options].map((option) => option.value);
-  names.filter((name) => !listed.includes(name))
-    .forEach((name) => $("only").add(new Option(name, name)));
+  for (const name of names) if (![...$("only").options].some((o) => o.value === name))
+    $("only").add(new Option(name, name));
   $("save").textContent = `Save ${data.save} (${saved().length})`;
   for (const h of all("main h2")) h.hidden = text || only || $("order").selectedIndex;
   chose();
 }
-function give(name) {
+function give(name, here) { // to what is marked, was just given one, or is in focus
   const some = [chosen(), given].find((list) => list.length)
-    || [document.activeElement.closest(".mark") || seen().find((t) => t === anchor)];
+    || seen().filter((tile) => tile === here);
+  name = names.find((one) => one.toLowerCase() === name.toLowerCase()) ?? name;
   if (!some[0]) return say("Mark images first: click, drag, or arrow keys and Space.");
   if (/^[.\s]|[\\/:*?"<>|\p{C}]|[.\s]$|^no[ _]concluyente$/iu.test(name))
     return say("No folder can have that name.");
-  load();
-  for (const tile of some) marks.set(tile.dataset.file, name);
-  choose(); given = some; show(); // the same key again corrects what was just given
+  load(); some.forEach((tile) => marks.set(tile.dataset.file, name));
+  choose(); show(); given = some.filter((tile) => !tile.hidden); chose();
   try { keep("marks ", marks); keep("names ", names); }
   catch { say("This browser forgets the classes with the page: save before."); }
-  return given[0];
+  return some[0];
 }
 function move(step, extend) {
-  const here = document.activeElement.closest(".mark") || anchor, list = seen();
-  const before = list.filter((tile) => here?.compareDocumentPosition(tile) & 2).length;
-  const to = list[here ? before + step - (here.hidden && step > 0) : 0];
+  const from = here || anchor, list = seen();
+  const before = list.filter((tile) => from?.compareDocumentPosition(tile) & 2).length;
+  const to = list[from ? before + step - (from.hidden && step > 0) : 0];
   if (!to) return;
-  if (extend) choose(anchor ||= here, to); else anchor = to;
+  if (extend) choose(anchor ||= from, to); else anchor = to;
   given = []; box(to).focus();
 }
 $("save").onclick = () => {
@@ -4052,24 +4056,26 @@ main.onmouseover = (event) => {
   const tile = event.target.closest(".mark");
   if (drag && event.buttons & 1 && tile) choose(anchor, tile);
 };
-document.onmouseup = () => { drag = false; };
+document.onmouseup = () => { drag = false; }; $("none").onclick = () => give("");
 main.onchange = (event) => { anchor = event.target.closest(".mark"); chose(); };
 document.onkeydown = ({ key, target, shiftKey, altKey, ctrlKey, metaKey }) => {
+  here = target.closest(".mark") || (target === $("name") ? here : null);
   if (key === "Escape") { target.blur(); anchor = null; given = []; choose(); }
-  if (key === "Enter" && target === $("name") && give(target.value.trim())) {
-    target.value = ""; target.blur(); box(given[0]).focus();
-  }
+  const typed = key === "Enter" && target === $("name") && target.value.trim();
+  const tile = typed && give(typed, here);
+  if (tile) { target.value = ""; target.blur(); box(tile).focus(); }
   if (target.matches("select, #find, #name") || altKey || ctrlKey || metaKey) return;
   const across = getComputedStyle(main).gridTemplateColumns.split(" ").length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across };
   const name = key.toLowerCase() === "u" ? "" : names[key - 1];
   if (step[key]) move(step[key], shiftKey);
-  else if (name !== undefined) give(name);
+  else if (name !== undefined) give(name, here);
   else if (key === "n" || key === "/") $(key === "n" ? "name" : "find").focus();
   else return true;
   return false;
 };
-$("find").oninput = $("only").oninput = show; $("none").onclick = () => give("");
+$("find").oninput = $("only").oninput = () => { given = []; show(); };
+document.onmousedown = ({ target }) => target.closest("#bar") || (given = [], chose());
 $("order").oninput = () => {
   const byRank = [...tiles].sort((a, b) => a.dataset.rank - b.dataset.rank);
   main.append(...($("order").selectedIndex ? byRank : nodes)); show();

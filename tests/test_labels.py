@@ -416,3 +416,37 @@ def test_labels_wait_for_no_other_phase_1(
         assert phase1(base, "--labels", path) == 2
     assert labelled(base) == []
     assert "another phase 1 is at work" in caplog.text
+
+
+def test_one_file_under_two_spellings_with_two_classes_stays(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = phantoms.exposure("TOR", 5, side=64)
+    path = phantoms.write(image, tmp_path / "n" / "x.dcm")
+    odd = f"{path.parent}/../n/{path.name}"
+    assert (
+        phase1(base, "--labels", list_of(base, (str(path), "MTF"), (odd, "TOR"))) == 1
+    )
+    assert labelled(base) == []
+    assert "stands in 2 lines" in caplog.text
+
+
+def test_a_dry_run_refuses_equal_pixels_as_the_run_does(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = phantoms.write(phantoms.exposure("TOR", 5, side=64), tmp_path / "n" / "x")
+    again = shutil.copyfile(path, tmp_path / "n" / "y")
+    both = list_of(base, (str(path), "TOR"), (str(again), "MTF"))
+    assert phase1(base, "--labels", both, "--dry-run") == 1
+    assert "holds the same pixels" in caplog.text
+    assert labelled(base) == []
+
+
+def test_a_damaged_thumbnail_is_made_again(base: Path) -> None:
+    thumbnails = base / "f1_descomprimidos" / config.SHEET_THUMBNAILS
+    one = next(thumbnails.iterdir())
+    before = one.read_bytes()
+    one.write_bytes(b"garbage")
+    (base / "f1_descomprimidos" / config.SHEET).unlink()
+    assert phase1(base) == 0
+    assert one.read_bytes() == before

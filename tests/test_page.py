@@ -242,6 +242,17 @@ def test_half_a_character_in_a_file_name_stops_no_page(tmp_path: Path) -> None:
     assert "a\\udcffb" in page.text
 
 
+def test_pages_of_more_images_than_there_are_now_go_if_they_are_ours(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.html"
+    utils.page(path, make_sheet(1001))
+    assert (tmp_path / "x_3.html").exists()
+    (tmp_path / "x_4.html").write_text("<!doctype html>somebody's")
+    utils.page(path, make_sheet(3))
+    assert {one.name for one in tmp_path.iterdir()} == {"x.html", "x_4.html"}
+
+
 @pytest.mark.parametrize("shape", [(2000, 1500), (160, 160), (3, 900), (1, 1)])
 def test_a_thumbnail_keeps_to_160_pixels(shape: tuple[int, int]) -> None:
     grey = np.full(shape, 90, np.uint8)
@@ -455,7 +466,7 @@ def test_an_image_that_is_not_shown_gets_no_class(window: Any, tmp_path: Path) -
     window.select_option("#only", "")
     window.click("#classes button >> nth=1")
     odd = ["0001.dcm", "0003.dcm", "0005.dcm"]
-    assert given_classes(window) == dict.fromkeys(odd, "MTF")
+    assert given_classes(window) == dict.fromkeys(odd, "FDT")
 
 
 def test_a_key_gives_its_class_to_what_is_marked_now(
@@ -497,13 +508,42 @@ def test_the_keyboard_goes_on_where_it_was(window: Any, tmp_path: Path) -> None:
     assert given_classes(window) == expected
     window.select_option("#only", "no class")
     window.keyboard.press("Escape")
-    for key in ("ArrowRight", "ArrowRight", "2", "ArrowRight", "2"):
+    for key in ("ArrowRight", "ArrowRight", "2", "3", "ArrowRight", "2"):
         window.keyboard.press(key)
     expected |= dict.fromkeys(("0004.dcm", "0005.dcm"), "MTF")
     assert given_classes(window) == expected
     window.keyboard.press("ArrowLeft")
     window.keyboard.press("3")
     assert given_classes(window) == expected | {"0000.dcm": "TOR"}
+
+
+def test_what_was_just_given_a_class_is_left_alone_after_a_click_or_a_filter(
+    window: Any, tmp_path: Path
+) -> None:
+    opened(window, tmp_path / "x.html", make_sheet(12))
+    for leave in ("click", "filter"):
+        window.locator(".tile > img").nth(3).click()
+        window.locator(".tile > img").nth(5).click(modifiers=["Shift"])
+        window.keyboard.press("1")
+        assert "for the last 3 again" in window.inner_text("#said")
+        if leave == "click":
+            window.locator("h1").click()
+        else:
+            window.fill("#find", "dcm")
+            window.keyboard.press("Escape")
+        window.keyboard.press("2")
+        assert set(given_classes(window).values()) == {"FDT"}
+
+
+def test_a_name_that_differs_in_case_only_is_the_class_that_is_there(
+    window: Any, tmp_path: Path
+) -> None:
+    opened(window, tmp_path / "x.html", make_sheet(6))
+    window.locator(".tile > img").nth(0).click()
+    for name in ("mtf", "  "):  # nothing typed takes nothing back
+        window.fill("#name", name)
+        window.press("#name", "Enter")
+        assert given_classes(window) == {"0000.dcm": "MTF"}
 
 
 def test_the_image_in_focus_is_not_behind_the_bar(window: Any, tmp_path: Path) -> None:
