@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -28,13 +29,16 @@ def _folds_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fase3, "JUDGEMENTS", 1)
 
 
+STRICT = '"confidence": {"FDT": 2, "MTF": 2, "TOR": 2}'
+
+
 def with_new_images(trained: Path, base: Path) -> Path:
     """A copy that a test may change, with new images in `new`."""
     shutil.copytree(trained, base, dirs_exist_ok=True)
     for label in phantoms.LABELS:
         image = phantoms.exposure(label, 90, side=160)
         phantoms.write(image, base / "new" / f"&lt;{label}.dcm")
-    phantoms.write(phantoms.unrelated(1000, side=160), base / "new" / "chest")
+    phantoms.write(phantoms.unrelated(1001, side=160), base / "new" / "chest")
     (base / "new" / "text").write_text("not an image " * 50)
     return base
 
@@ -256,6 +260,11 @@ def test_labels_that_are_the_programs_own_answers_are_counted(
     copied = [p for p in labelled.rglob("*") if p.name.startswith("&lt;")]
     known = [p for p in copied if p.parent.name in phantoms.LABELS]
     assert known
+    metrics = base / "modelo_final_vlm" / config.METRICS
+    strict = re.sub('"confidence": {[^}]*}', STRICT, metrics.read_text("utf-8"))
+    metrics.write_text(strict, encoding="utf-8")
+    phase4(base, server, "--copy-to", base / "later")  # changes its mind about all
+    assert {one.name for one in (base / "later").iterdir()} == {"no_concluyente"}
     shutil.rmtree(labelled / "no_concluyente", ignore_errors=True)
     assert phase2(base, server, "--finished-only") == 0
     said = f"{len(known)} labels are the program's own answers, unseen by you"
