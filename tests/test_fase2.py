@@ -727,7 +727,7 @@ def test_an_embedder_that_falls_ill_costs_no_answer(
     assert "contains NaN or Inf values): see its log" in caplog.text
     fake.control(script=[])
     assert phase2(base, fake) == 0
-    assert chats(fake) == 15
+    assert chats(fake) in (15, 16)  # what was in flight when the run ended
 
 
 # --- Bad input ----------------------------------------------------------------------
