@@ -373,6 +373,8 @@ def _convert(task: Task, outcome: Outcome) -> None:
         )
     give_up_after(task.timeout_s, utils.native_size(utils.pixel_layout(dataset)))
     pixels = utils.decode(dataset, task.limit_mb)
+    with suppress(Exception):  # what can't be shown is an image all the same
+        outcome.thumbnail = utils.preview(pixels, dataset)
     gone = (PIXEL_DATA, *OFFSET_TABLES)
     kept = [one for one in elements if one.tag not in gone]
     kept = [one for one in kept if one.tag.group not in pixels.overlays]
@@ -390,8 +392,6 @@ def _convert(task: Task, outcome: Outcome) -> None:
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
     outcome.record = record_of(dataset, pixels, uid)
     outcome.name = output_name(outcome.record, outcome.identity)
-    with suppress(Exception):  # what can't be shown is an image all the same
-        outcome.thumbnail = utils.preview(pixels, dataset)
 
 
 def write(path: Path, header: Dataset, values: Any) -> None:
