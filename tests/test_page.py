@@ -324,6 +324,12 @@ def opened(window: Any, path: Path, sheet: Sheet) -> None:
     window.goto(path.as_uri())
 
 
+def reload(window: Any) -> None:
+    """As a person does it: the browser takes a moment to keep what it was given."""
+    window.wait_for_timeout(300)
+    window.reload()
+
+
 def given_classes(window: Any) -> dict[str, str]:
     """What the images say: file and the class given in the browser."""
     found: dict[str, str] = window.evaluate(
@@ -373,7 +379,7 @@ def test_a_run_of_images_gets_a_class_and_it_is_saved_and_kept(
     ]
     rows = saved(window, tmp_path)
     assert rows == [["file", "class"], *([k, v] for k, v in expected.items())]
-    window.reload()
+    reload(window)
     assert given_classes(window) == expected
 
 
@@ -567,7 +573,7 @@ def test_a_class_keeps_its_key(window: Any, tmp_path: Path) -> None:
         window.keyboard.type(name)
         window.keyboard.press("Enter")
     assert "4 LATER" in " ".join(window.locator("#classes button").all_inner_texts())
-    window.reload()
+    reload(window)
     now = " ".join(window.locator("#classes button").all_inner_texts())
     assert "4 LATER: 1 5 SOONER: 1" in now
 
