@@ -10,7 +10,6 @@ the fingerprints that the phases compare.
 
 import argparse
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -403,8 +402,7 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         value = kind(text)
         if kind in (int, float) and not about["least"] <= value <= about["most"]:
-            limits = f"at least {about['least']:.10g}"
-            limits += f", at most {about['most']:.10g}" * (about["most"] < math.inf)
+            limits = f"at least {about['least']:.10g}, at most {about['most']:.10g}"
             raise argparse.ArgumentTypeError(f"must be {limits}")  # nor NaN
         if kind is str and not re.fullmatch(about["form"], text):
             raise argparse.ArgumentTypeError(f"{text!r} is not valid: {about['help']}")

@@ -219,7 +219,8 @@ class Inference:
         await utils.image_by_image(
             begin(), look_at, self.finish, self.slots, lambda: self.test(TEST_EVERY)
         )
-        if len(self.book.unconfirmed()) > TEST_AT_END:  # also those of a killed run
+        # Also those that a killed run had asked.
+        if self.sight and len(self.book.unconfirmed()) > TEST_AT_END:
             await self.test()
         self.settle()
 

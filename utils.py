@@ -201,11 +201,9 @@ def interrupts_later() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
+    resource_tracker.ensure_running()  # started in the block, it would end it
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        # Started later, by multiprocessing, it would end the block.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -2276,26 +2274,25 @@ class Interview:
 
 # Does every slot look at the picture that it is sent?
 
-SIGHT_QUESTIONS, SIGHT_EVERY = 3, 1000
-"""Questions asked of each of two pictures; answers between two tests."""
-
 SIGHT_ORDER = ((0, 1), (2, 1, 2, 0), (2, 0, 2, 1))
 """For each question, the pictures in turn. The third stands between the two: a server
 that answers about the picture before else swaps them, as good as seeing."""
+
+SIGHT_QUESTIONS, SIGHT_EVERY = len(SIGHT_ORDER), 1000
+"""Questions asked of each of two pictures; answers between two tests."""
 
 Looks = NDArray[np.float32]
 """Embedded answers about disc and bars, (n_slots, 2, n_questions, n_features)."""
 
 
-def sight_pictures() -> tuple[bytes, bytes, bytes]:
+def sight_pictures() -> list[bytes]:
     """A bright disc on dark, dark bars on bright, and checks, as PNG."""
     side = config.IMAGE_SIDE_PX
     down, across = np.indices((side, side)) - side // 2
     disc = np.where(np.hypot(down, across) < side / 4, 230, 25)
     bars = np.where(across // 24 % 2, 30, 225)
     checks = np.where((across // 40 + down // 40) % 2, 60, 200)
-    drawn = (_png(one.astype(np.uint8)) for one in (disc, bars, checks))
-    return next(drawn), next(drawn), next(drawn)
+    return [_png(one.astype(np.uint8)) for one in (disc, bars, checks)]
 
 
 def sight_distances(looks: Looks) -> NDArray[np.float64]:

@@ -13,6 +13,9 @@ import utils
 
 LabelFolder = Callable[..., Path]
 
+TEST = sum(map(len, utils.SIGHT_ORDER))
+"""Questions of one sight test, to each slot."""
+
 
 def server_flags(url: str) -> list[str]:
     """Flags that point a phase at the stand-in, without questions of the sight test."""

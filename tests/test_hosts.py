@@ -23,7 +23,7 @@ import httpx
 import phantoms
 import psutil
 import pytest
-from conftest import server_flags
+from conftest import TEST, server_flags
 from fake_ollama import FakeOllama
 
 import config
@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ARRAYS = (config.DATASET_X, config.DATASET_Y, config.DATASET_ROWS)
 SLOW: dict[str, Any] = {"time_model": "gpu", "time_scale": 0.02, "load_s": 0.0}
 PER_IMAGE, PER_CLASS = 5, 3
-TEST = sum(map(len, utils.SIGHT_ORDER))
 QUESTIONS = PER_IMAGE * PER_CLASS * len(phantoms.LABELS)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LabelFolder, server_flags
+from conftest import TEST, LabelFolder, server_flags
 from fake_ollama import FakeOllama
 from numpy.typing import NDArray
 
@@ -23,8 +23,6 @@ from utils import (
 )
 
 EYES = ("blind", "former", "stuck", "merged")
-TEST = sum(map(len, utils.SIGHT_ORDER))
-"""Questions of one test, to each slot."""
 
 
 def flags(url: str) -> list[str]:
@@ -182,17 +180,7 @@ def test_another_vlm_that_does_not_see_takes_back_only_its_own(
     assert answers_kept(base) == 15
 
 
-def test_a_failed_first_test_leaves_a_finished_dataset(
-    fake: FakeOllama, labelled: LabelFolder
-) -> None:
-    base = labelled(per_class=1)
-    assert phase2(base, fake) == 0
-    fake.control(faults={"blind": 1.0})
-    assert phase2(base, fake, "--descriptions", "8") == 2
-    assert (base / "dataset_final_vlm" / config.MANIFEST).exists()
-
-
-def test_answers_before_the_last_pass_stand(
+def test_answers_before_the_last_pass_stand_and_so_does_their_dataset(
     fake: FakeOllama, labelled: LabelFolder
 ) -> None:
     base = labelled(per_class=1)
@@ -200,6 +188,7 @@ def test_answers_before_the_last_pass_stand(
     fake.control(faults={"blind": 1.0})
     assert phase2(base, fake, "--descriptions", "8") == 2
     assert answers_kept(base) == 15
+    assert (base / "dataset_final_vlm" / config.MANIFEST).exists()
 
 
 def test_a_reconnect_is_followed_by_a_test(
