@@ -409,25 +409,29 @@ def read_descriptions(
 ) -> tuple[Judged, StandardScaler]:
     """Train the descriptions' reader, and let it judge images that it doesn't know.
 
-    With `prompt_sets` it is also trained on the rows of one set alone ("… after
-    generic", "… after class-specific"): all from one matrix of the kernel.
+    With `prompt_sets` it is also trained on the rows of one set alone: "… after
+    generic" as if the others had never been asked, "… after class-specific" with the
+    scaler of all, since not the distance between the sets is in question there.
     """
-    scaler, means, kernel = StandardScaler(), new.means(), KERNELS[candidate[0]]
-    rows = scaler.fit_transform(known.vectors)
-    asked = scaler.transform(np.concatenate(list(means.values())))
-    inner, outer, labels = kernel(rows), kernel(asked, rows), known.labels[known.image]
-    sets = {"": np.ones(len(labels), bool)}
-    if prompt_sets and known.specific.size:
-        sets[" after generic"] = known.generic
-        sets[" after class-specific"] = ~known.generic
-    judged: Judged = {}
-    for after, use in sets.items():
+    means, kernel, judged = new.means(), KERNELS[candidate[0]], Judged()
+    labels, asked = known.labels[known.image], np.concatenate(list(means.values()))
+
+    def read(use: Booleans, scaled_by: Booleans, after: str = "") -> StandardScaler:
+        scaler = StandardScaler().fit(known.vectors[scaled_by])
+        rows = scaler.transform(known.vectors[use])
         svc = PairwiseSVC(kernel="precomputed", C=candidate[1])
-        svc.fit(inner[np.ix_(use, use)], labels[use], weights(known.generic[use]))
-        decisions = svc.decision_function(outer[:, use])
+        svc.fit(kernel(rows), labels[use], weights(known.generic[use]))
+        decisions = svc.decision_function(kernel(scaler.transform(asked), rows))
         scores = np.split(utils.class_scores(decisions, len(svc.classes_)), len(means))
-        judged |= {name + after: part for name, part in zip(means, scores, strict=True)}
-    return judged, scaler
+        for name, part in zip(means, scores, strict=True):
+            judged[name + after] = part
+        return scaler
+
+    every, generic = np.ones(len(labels), bool), known.generic
+    if prompt_sets and known.specific.size:
+        read(generic, generic, " after generic")
+        read(~generic, every, " after class-specific")
+    return judged, read(every, every)
 
 
 def weights(generic: Booleans) -> Floats:
@@ -570,40 +574,40 @@ def find_thresholds(
     return found
 
 
-def answer(
+def decide(
     data: Dataset,
     judged: Judged,
     at: tuple[int, int],
     limits: Mapping[str, Any],
+    foreign: str,
     one_reader: bool = False,
-) -> tuple[int, int, str]:
-    """What phase 4 would say: the class (-1 for none), the questions, and why not.
+) -> utils.Decision:
+    """What phase 4 says of a held-out image, by the function that it calls.
 
     Parameters
     ----------
     at : (repeat, image)
     limits : mapping
         As `find_thresholds` gives it; its stages are tried in their order.
+    foreign : str
+        Why the header refuses the image, if it does.
     """
-    picture, image, stage = None, at[1], "0"
+    picture, image = None, at[1]
     if not one_reader:
         far = judged["picture_far"][:, image].mean()
         novelty = utils.times_limit(far, limits["pixels"])
         picture = Opinion(data.classes[judged["picture"][at].argmax()], 1.0, novelty)
-    reason = utils.refusal(None, picture, {})
-    for stage, each in limits["stages"].items() if not reason else ():
+    decision = utils.decide(limits, picture, foreign=foreign)
+    for stage, each in limits["stages"].items() if not decision.reason else ():
         count = min(int(stage), int(data.k))
         shares = softmax(each["factor"] * judged[str(count)][at])
         best, far = int(shares.argmax()), judged["far"][:, image, :count].mean()
         novelty = utils.times_limit(far, each["descriptions"])
         words = Opinion(data.classes[best], float(shares[best]), novelty)
-        needed = each["one_reader" if one_reader else "confidence"]
-        reason = utils.refusal(words, picture, needed)
-        if not reason:
-            return best, int(stage), ""
-        if utils.beyond_doubt(words, picture):
+        decision = utils.decide(limits, picture, words, int(stage), foreign)
+        if decision.final:
             break
-    return -1, int(stage), reason
+    return decision
 
 
 def cross_fit(
@@ -615,19 +619,23 @@ def cross_fit(
     """
     scores, reasons = judged[data.k], [""] * len(data.labels)
     found = {"probabilities": np.zeros_like(scores)}
+    number = {name: label for label, name in enumerate(data.classes)}
     for name in ("label", "one_reader", "questions"):
         found[name] = np.zeros(scores.shape[:2])
     for repeat, others, images in splits:
         limits = find_thresholds(data, judged, others)
+        trained = modalities(data, others)
         *_, last = limits["stages"].values()
         logits = last["factor"] * scores[repeat, images]
         found["probabilities"][repeat, images] = softmax(logits, axis=-1)
         for image in np.flatnonzero(images).tolist():
-            at = repeat, image
-            label, asked, reason = answer(data, judged, at, limits)
-            found["label"][at], found["questions"][at] = label, asked
-            found["one_reader"][at] = answer(data, judged, at, limits, True)[0]
-            reasons[image] = reasons[image] if repeat else reason
+            foreign = utils.foreign_modality(data.lines[image]["modality"], trained)
+            given = data, judged, (repeat, image), limits, foreign
+            decision, alone = decide(*given), decide(*given, one_reader=True)
+            found["label"][repeat, image] = number.get(decision.label, -1)
+            found["one_reader"][repeat, image] = number.get(alone.label, -1)
+            found["questions"][repeat, image] = decision.stage
+            reasons[image] = reasons[image] if repeat else decision.reason
     return found, reasons
 
 
@@ -757,8 +765,10 @@ def describe_training(data: Dataset, splits: Sequence[Split]) -> dict[str, Any]:
     }
 
 
-def modalities(data: Dataset) -> list[str]:
-    return sorted({line["modality"] for line in data.lines} - {""})
+def modalities(data: Dataset, use: Booleans | None = None) -> list[str]:
+    """Those of all images, or some."""
+    images = np.flatnonzero(np.ones(len(data.labels)) if use is None else use)
+    return sorted({data.lines[image]["modality"] for image in images} - {""})
 
 
 def rate_decisions(
@@ -1022,11 +1032,12 @@ def leave_classes_out(data: Dataset, candidate: Candidate) -> dict[str, Any]:
         limits = find_thresholds(rest, held_out)
         judged = judge(rest, unknown, candidate)
         judged = {name: values[None] for name, values in judged.items()}
+        trained = modalities(rest)
         for image, line in enumerate(unknown.lines):
-            foreign = utils.foreign_modality(line["modality"], modalities(rest)) != ""
-            said, n_asked, _ = answer(rest, judged, (0, image), limits)
-            refused.append(foreign or said < 0)
-            questions.append(0 if foreign else n_asked)
+            foreign = utils.foreign_modality(line["modality"], trained)
+            decision = decide(rest, judged, (0, image), limits, foreign)
+            refused.append(decision.label == config.INCONCLUSIVE)
+            questions.append(decision.stage)
     if not refused:
         return {"words": "not measured: needs three classes"}
     asked = mean_estimate(np.array(questions, float))

@@ -254,16 +254,13 @@ class Inference:
         self, result: Result, picture: utils.PreparedImage, turn: utils.Turn
     ) -> Decision:
         """The picture first, then the descriptions, stage by stage."""
-        cfg, model = self.cfg, await self.model
-        decided = partial(
-            utils.decide,
-            model,
-            pixels=result.pixels,
-            modality=picture.header.get("modality", ""),
-            one_reader=cfg.one_reader,
-            any_modality=cfg.any_modality,
-        )
-        decision = decided(rows=None)
+        cfg, model, seen = self.cfg, await self.model, None
+        if result.pixels is not None and not cfg.one_reader:
+            seen = utils.read_picture(model, result.pixels)
+        modality = "" if cfg.any_modality else picture.header.get("modality", "")
+        foreign = utils.foreign_modality(modality, model.modalities)
+        decided = partial(utils.decide, model.thresholds, seen, foreign=foreign)
+        decision = decided()
         if decision.reason and not cfg.ask_all:
             return decision
         asked = utils.questions("generic", cfg.inference_descriptions)
@@ -276,7 +273,8 @@ class Inference:
             await utils.ask(picture, some, answers, turn)
             result.texts = answers.texts(some)
             limits = [s for s in model.stages if s >= stage] or model.stages[-1:]
-            decision = decided(rows=answers.rows(some), stage=limits[0])
+            words = utils.read_words(model, answers.rows(some), limits[0])
+            decision = decided(words, limits[0])
             # Whatever is asked further: phase 3's figures are those of this rule.
             final = final or (decision if decision.final else None)
             if final and not cfg.ask_all:
@@ -333,9 +331,12 @@ def record(result: Result, made_with: Mapping[str, Any]) -> Record:
         return {**found, "error": result.error, **made_with}
     names = {"label": "class", "words": "descriptions_say", "picture": "picture_says"}
     said = {names.get(key, key): value for key, value in asdict(decision).items()}
+    for reader in filter(None, (said["descriptions_say"], said["picture_says"])):
+        del reader["confidences"]  # they stand beside it
     if seen := said["picture_says"]:
         del seen["confidence"]  # this reader has none
-    ranked = sorted(decision.confidences.items(), key=lambda pair: -pair[1])
+    confidences = decision.words.confidences if decision.words else {}
+    ranked = sorted(confidences.items(), key=lambda pair: -pair[1])
     said |= {"confidences": dict(ranked), "questions": len(result.texts)}
     return {**found, **said, "descriptions": result.texts, **made_with}
 

@@ -3447,11 +3447,13 @@ class Opinion:
 
     label: str
     confidence: float
-    """1 where the reader has none: the second one says a class or nothing."""
+    """1 of the second reader, which has none."""
     novelty: float
     """As a multiple of its limit: above 1 the image is unlike the training's."""
     nearest: Sequence[str] = ()
     """Training images that are most alike, the closest first."""
+    confidences: Mapping[str, float] = field(default_factory=dict)
+    """Of every class; empty of the second reader."""
 
     @property
     def unlike(self) -> str:
@@ -3468,14 +3470,12 @@ class Decision:
     """The class, or INCONCLUSIVE."""
     best_class: str
     """The class of the largest confidence; the second reader's before any question."""
-    confidences: dict[str, float]
-    """Of the descriptions' reader, every class; empty before any question."""
     reason: str
     """Why the label is INCONCLUSIVE; "" also where only the questions are missing."""
     words: Opinion | None
     """None before any question."""
     picture: Opinion | None
-    """None with `one_reader`."""
+    """None where the second reader is not heard."""
     stage: int
     """The number of descriptions whose limits were applied; 0 before any question."""
 
@@ -3553,37 +3553,6 @@ def times_limit(distance: float, limit: float) -> float:
     return float(distance / max(limit, 1e-9))
 
 
-def refusal(
-    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
-) -> str:
-    """Why an image should not be given a class; empty where nothing speaks against it.
-
-    Parameters
-    ----------
-    words, picture : Opinion or None
-        Of the two readers; None where a reader was not heard.
-    needed : mapping
-        The confidence that an answer needs, by class.
-    """
-
-    def doubts() -> Iterator[str]:
-        if picture and picture.novelty > 1:
-            yield f"the picture is {picture.unlike}"
-        if words is None:
-            return
-        if words.novelty > 1:
-            yield f"the descriptions are {words.unlike}"
-        label, least = words.label, needed[words.label]
-        if picture and picture.label != label:
-            yield f"descriptions say {label}, picture says {picture.label}"
-        if least >= NEVER:
-            yield f"no confidence in {label} kept the errors within the accepted share"
-        if words.confidence < least:
-            yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
-
-    return next(doubts(), "")
-
-
 def beyond_doubt(words: Opinion, picture: Opinion | None) -> bool:
     """Whether an image that is refused need not be asked further questions.
 
@@ -3602,57 +3571,72 @@ def foreign_modality(modality: str, trained: Sequence[str]) -> str:
     return f"Modality {modality} is not among those of training ({', '.join(trained)})"
 
 
-def decide(  # noqa: PLR0913
-    model: Model,
-    rows: NDArray[np.float32] | None,
-    pixels: NDArray[np.float32] | None,
-    modality: str = "",
+def decide(
+    thresholds: Mapping[str, Any],
+    picture: Opinion | None,
+    words: Opinion | None = None,
     stage: int = 0,
-    *,
-    one_reader: bool = False,
-    any_modality: bool = False,
+    foreign: str = "",
 ) -> Decision:
-    """Classify one image, or say why not; without rows only what the picture refuses.
+    """From what the readers say of an image to its class, or why it gets none.
 
     Parameters
     ----------
-    rows : ndarray, float32 (k, n_features), or None
-        One embedding per generic description, not scaled. None: nothing was asked yet,
-        and an empty reason means that asking may help.
-    pixels : ndarray, float32 (40,), or None
-        See `picture_statistics`; not used with `one_reader`.
-    modality : str
-        Of the header, "" where it has none.
+    thresholds : mapping
+        As in `Model`.
+    picture : Opinion or None
+        None: the second reader is not heard, and the first needs more confidence.
+    words : Opinion or None
+        None: nothing was asked yet, and an empty reason means that asking may help.
     stage : int
-        One of ``model.stages``: whose limits hold.
-    one_reader, any_modality : bool
-        Leave out the second reader; don't let the Modality refuse.
+        Of ``thresholds["stages"]``, the one whose limits hold for `words`.
+    foreign : str
+        What `foreign_modality` says of the header.
     """
-    picture = None if one_reader or pixels is None else _look(model, pixels)
-    words: Opinion | None = None
-    shares: dict[str, float] = {}
     needed: Mapping[str, float] = {}
-    if rows is not None:
-        limits = model.thresholds["stages"][str(stage)]
-        words, shares = _read(model, rows, limits)
-        needed = limits["one_reader" if one_reader else "confidence"]
-    reason = "" if any_modality else foreign_modality(modality, model.modalities)
-    reason = reason or refusal(words, picture, needed)
+    if words:
+        limits = thresholds["stages"][str(stage)]
+        needed = limits["confidence" if picture else "one_reader"]
+    reason = foreign or next(_doubts(words, picture, needed), "")
     heard = words or picture
     best = heard.label if heard else ""
     label = config.INCONCLUSIVE if reason or not words else best
-    asked = stage if words else 0
-    return Decision(label, best, shares, reason, words, picture, asked)
+    return Decision(label, best, reason, words, picture, stage if words else 0)
 
 
-def _read(
-    model: Model, rows: NDArray[np.float32], limits: Mapping[str, Any]
-) -> tuple[Opinion, dict[str, float]]:
-    """The first reader: the mean of the descriptions decides.
+def _doubts(
+    words: Opinion | None, picture: Opinion | None, needed: Mapping[str, float]
+) -> Iterator[str]:
+    """What speaks against a class, the strongest first."""
+    if picture and picture.novelty > 1:
+        yield f"the picture is {picture.unlike}"
+    if words is None:
+        return
+    if words.novelty > 1:
+        yield f"the descriptions are {words.unlike}"
+    label, least = words.label, needed[words.label]
+    if picture and picture.label != label:
+        yield f"descriptions say {label}, picture says {picture.label}"
+    if least >= NEVER:
+        yield f"no confidence in {label} kept the errors within the accepted share"
+    if words.confidence < least:
+        yield f"confidence {words.confidence:.2f} in {label} is below {least:.2f}"
+
+
+def read_words(model: Model, rows: NDArray[np.float32], stage: int) -> Opinion:
+    """The first reader's opinion: the mean of the descriptions decides.
 
     Novelty is the mean over the descriptions: their mean vector would hide an unknown
     image, since it lies near the centre of everything.
+
+    Parameters
+    ----------
+    rows : ndarray, float32 (k, n_features)
+        One embedding per generic description, not scaled.
+    stage : int
+        One of ``model.stages``: whose limits hold.
     """
+    limits = model.thresholds["stages"][str(stage)]
     scaled = np.asarray(model.scaler.transform(rows), np.float32)
     shares = model.classifier.predict_proba(scaled.mean(axis=0, keepdims=True))[0]
     shares = shares ** limits["factor"]
@@ -3663,11 +3647,11 @@ def _read(
     owners = Counter(model.owner[found].T.ravel().tolist()).most_common(3)
     novelty = times_limit(distances.mean(), limits["descriptions"])
     nearest = [str(model.names[owner]) for owner, _ in owners]
-    return Opinion(best, confidences[best], novelty, nearest), confidences
+    return Opinion(best, confidences[best], novelty, nearest, confidences)
 
 
-def _look(model: Model, pixels: NDArray[np.float32]) -> Opinion:
-    """The second reader, of whose classes none has a confidence."""
+def read_picture(model: Model, pixels: NDArray[np.float32]) -> Opinion:
+    """The second reader's opinion of `picture_statistics`, float32 (40,)."""
     classes = model.second.classes_
     scores = class_scores(model.second.decision_function(pixels[None]), len(classes))
     scaled = model.second[0].transform(pixels[None])

@@ -250,24 +250,54 @@ def test_a_held_out_image_is_decided_as_phase_4_decides(
     every_row = np.load(base / "dataset_final_vlm" / config.DATASET_X)
     for number, image in enumerate(np.flatnonzero(images)):
         rows = every_row[12 * image + 8 : 12 * image + 12]
-        label, asked, reason = fase3.answer(data, judged, (0, number), limits)
-        decision = utils.decide(model, None, data.pixels[image])
+        measured = fase3.decide(data, judged, (0, number), limits, "")
+        decision = of_model(model, None, data.pixels[image])
         for stage in model.stages if not decision.reason else ():
-            decision = utils.decide(
-                model, rows[:stage], data.pixels[image], stage=stage
-            )
+            decision = of_model(model, rows[:stage], data.pixels[image], stage)
             if decision.final:
                 break
         for stage in model.stages:
-            shares = utils.decide(model, rows[:stage], None, stage=stage).confidences
+            shares = utils.read_words(model, rows[:stage], stage).confidences
             factor = limits["stages"][str(stage)]["factor"]
             scores = factor * judged[str(stage)][0, number]
             assert list(shares.values()) == pytest.approx(
                 list(softmax(scores)), abs=1e-3
             )
-        expected = config.INCONCLUSIVE if label < 0 else classes[label]
-        assert (decision.label, decision.stage) == (expected, asked)
-        assert decision.reason.partition(";")[0] == reason.partition(")")[0]
+        assert (decision.label, decision.stage) == (measured.label, measured.stage)
+        plain = measured.reason.partition(")")[0]
+        assert decision.reason.partition(";")[0] == plain
+
+
+def test_the_figures_are_of_the_function_that_phase_4_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide = utils.decide
+
+    def refuse_mtf(*given: Any, **more: Any) -> utils.Decision:
+        decision = decide(*given, **more)
+        if decision.best_class != "MTF":
+            return decision
+        return replace(decision, label=config.INCONCLUSIVE, reason="none of those")
+
+    monkeypatch.setattr(utils, "decide", refuse_mtf)
+    metrics = run(write_dataset(tmp_path, per_class=20), "--descriptions", "4")
+    assert metrics["classes"]["MTF"]["words"].endswith(", 0 answers")
+    reasons = {one["class"]: one["reason"] for one in metrics["held_out"]}
+    assert reasons["MTF"] == "none of those"
+
+
+def test_a_modality_that_only_one_image_has_is_refused_when_held_out(
+    tmp_path: Path,
+) -> None:
+    base = write_dataset(tmp_path, per_class=20)
+    modalities = ["MG", *["DX"] * 59]
+    metrics = run(with_headers(base, "modality", modalities), "--descriptions", "4")
+    refused = [one for one in metrics["held_out"] if "Modality" in one["reason"]]
+    assert [one["reason"] for one in refused] == [
+        "Modality MG is not among those of training (DX)"
+    ]
+    assert metrics["decision"]["answered"]["value"] <= 59 / 60
+    assert metrics["modalities"] == ["DX", "MG"]
 
 
 def test_confidences_are_those_that_anyone_computes_from_the_files(
@@ -278,9 +308,11 @@ def test_confidences_are_those_that_anyone_computes_from_the_files(
     classifier = joblib.load(folder / config.CLASSIFIER)
     for image in (0, 30, 89):
         decision = decide(separable, image)
+        assert decision.words is not None
         mean = rows_of(separable, image).mean(axis=0)[None]
         shares = classifier.predict_proba(scaler.transform(mean))[0]
-        assert list(decision.confidences.values()) == pytest.approx(shares, abs=1e-5)
+        found = decision.words.confidences
+        assert list(found.values()) == pytest.approx(shares, abs=1e-5)
         assert decision.best_class == classifier.classes_[shares.argmax()]
 
 
@@ -405,6 +437,19 @@ def test_what_class_specific_prompts_add_is_measured(tmp_path: Path) -> None:
     assert gain["value"] > 0
     low, high = gain["interval"]
     assert low < gain["value"] < high
+
+
+def test_rows_of_generic_prompts_alone_are_scaled_by_themselves(tmp_path: Path) -> None:
+    base = write_dataset(tmp_path, of_class=1.0)
+    data = dataset_of(base, inference_descriptions=4)
+    shifted = data.vectors + np.float32(9) * ~data.generic[:, None]
+    far = replace(data, vectors=shifted.astype(np.float32))
+    one, other = (
+        fase3.read_descriptions(each, each, ("linear", 0.01), prompt_sets=True)[0]
+        for each in (data, far)
+    )
+    name = f"{data.k} after generic"
+    assert np.array_equal(one[name], other[name])
 
 
 def test_the_header_check_names_a_field_that_betrays_the_class(tmp_path: Path) -> None:
@@ -657,9 +702,18 @@ def pixels_of(base: Path, image: int) -> Any:
     return np.load(base / "dataset_final_vlm" / config.DATASET_PIXELS)[image]
 
 
-def decide(base: Path, image: int, **options: Any) -> utils.Decision:
-    rows, pixels = rows_of(base, image), pixels_of(base, image)
-    return utils.decide(load(base), rows, pixels, stage=4, **options)
+def of_model(
+    model: utils.Model, rows: Any, pixels: Any, stage: int = 4, modality: str = ""
+) -> utils.Decision:
+    """What phase 4 does with one image; None stands for what it has not."""
+    picture = None if pixels is None else utils.read_picture(model, pixels)
+    words = None if rows is None else utils.read_words(model, rows, stage)
+    foreign = utils.foreign_modality(modality, model.modalities)
+    return utils.decide(model.thresholds, picture, words, stage, foreign)
+
+
+def decide(base: Path, image: int) -> utils.Decision:
+    return of_model(load(base), rows_of(base, image), pixels_of(base, image))
 
 
 def test_a_known_image_gets_its_class_and_its_nearest_images(separable: Path) -> None:
@@ -680,7 +734,7 @@ def strange(size: int, count: int) -> Any:
 
 def test_descriptions_of_no_known_kind_are_not_given_a_class(separable: Path) -> None:
     pixels = pixels_of(separable, 0)
-    decision = utils.decide(load(separable), strange(N_FEATURES, 4), pixels, stage=4)
+    decision = of_model(load(separable), strange(N_FEATURES, 4), pixels)
     assert decision.label == config.INCONCLUSIVE
     assert "the descriptions are unlike all in training" in decision.reason
     assert "nearest" in decision.reason
@@ -689,40 +743,40 @@ def test_descriptions_of_no_known_kind_are_not_given_a_class(separable: Path) ->
 def test_a_picture_of_no_known_kind_is_refused_before_any_question(
     separable: Path,
 ) -> None:
-    decision = utils.decide(load(separable), None, 99 * strange(40, 1)[0])
+    decision = of_model(load(separable), None, 99 * strange(40, 1)[0])
     assert decision.label == config.INCONCLUSIVE
     assert "the picture is unlike all in training" in decision.reason
-    assert (decision.words, decision.confidences, decision.stage) == (None, {}, 0)
+    assert (decision.words, decision.stage) == (None, 0)
 
 
 def test_a_known_picture_has_nothing_against_asking(separable: Path) -> None:
-    decision = utils.decide(load(separable), None, pixels_of(separable, 0))
+    decision = of_model(load(separable), None, pixels_of(separable, 0))
     assert (decision.label, decision.reason) == (config.INCONCLUSIVE, "")
     assert decision.best_class == "FDT"
 
 
 def test_readers_that_disagree_give_no_class(separable: Path) -> None:
     rows, pixels = rows_of(separable, 0), pixels_of(separable, 35)
-    decision = utils.decide(load(separable), rows, pixels, stage=4)
+    decision = of_model(load(separable), rows, pixels)
     assert decision.reason == "descriptions say FDT, picture says MTF"
-    alone = utils.decide(load(separable), rows, pixels, stage=4, one_reader=True)
+    alone = of_model(load(separable), rows, None)
     assert (alone.label, alone.picture) == ("FDT", None)
 
 
 def test_a_foreign_modality_is_refused_by_the_header(separable: Path) -> None:
     model = replace(load(separable), modalities=["DX", "CR"])
     rows, pixels = rows_of(separable, 0), pixels_of(separable, 0)
-    assert utils.decide(model, None, pixels, "CT").reason == (
+    assert of_model(model, None, pixels, modality="CT").reason == (
         "Modality CT is not among those of training (DX, CR)"
     )
-    for modality, anyway in (("", False), ("DX", False), ("CT", True)):
-        decision = utils.decide(model, rows, pixels, modality, 4, any_modality=anyway)
-        assert decision.label == "FDT"
+    for modality in ("", "DX"):
+        assert of_model(model, rows, pixels, modality=modality).label == "FDT"
 
 
 def test_a_model_without_modalities_refuses_none(separable: Path) -> None:
     assert load(separable).modalities == []
-    decision = utils.decide(load(separable), None, pixels_of(separable, 0), "CT")
+    pixels = pixels_of(separable, 0)
+    decision = of_model(load(separable), None, pixels, modality="CT")
     assert decision.reason == ""
 
 
@@ -732,24 +786,28 @@ def test_the_threshold_of_a_stage_changes_that_stage_alone(of_ten: Path) -> None
     rows = np.load(of_ten / "dataset_final_vlm" / config.DATASET_X)[8:18]
     pixels = pixels_of(of_ten, 0)
     assert model.stages == [3, 10]
-    first = utils.decide(model, rows[:3], pixels, stage=3)
+    first = of_model(model, rows[:3], pixels, 3)
     assert "no confidence in FDT" in first.reason
-    assert utils.decide(model, rows, pixels, stage=10).label == "FDT"
+    assert of_model(model, rows, pixels, 10).label == "FDT"
 
 
 def test_reasons_come_in_the_order_of_the_rule() -> None:
+    def why(words: utils.Opinion, picture: Any, least: float, header: str = "") -> str:
+        needed = {"A": least, "B": 0.7}
+        limits = {"stages": {"4": {"confidence": needed, "one_reader": needed}}}
+        return utils.decide(limits, picture, words, 4, header).reason
+
     words, picture = utils.Opinion("A", 0.5, 2.0), utils.Opinion("B", 1.0, 2.0)
     near, agreed = replace(words, novelty=1.0), replace(picture, label="A", novelty=1.0)
-    needed = {"A": 0.7, "B": 0.7}
-    assert utils.refusal(words, picture, needed).startswith("the picture")
     calm = replace(picture, novelty=1.0)
-    assert utils.refusal(words, calm, needed).startswith("the descriptions")
-    assert utils.refusal(near, calm, needed) == "descriptions say A, picture says B"
-    assert utils.refusal(near, agreed, needed) == "confidence 0.50 in A is below 0.70"
-    never = {"A": utils.NEVER, "B": 0.7}
-    assert "accepted share" in utils.refusal(near, agreed, never)
-    assert utils.refusal(near, agreed, {"A": 0.5}) == ""
-    assert utils.refusal(near, None, {"A": 0.5}) == ""
+    assert why(words, picture, 0.7, "Modality") == "Modality"
+    assert why(words, picture, 0.7).startswith("the picture")
+    assert why(words, calm, 0.7).startswith("the descriptions")
+    assert why(near, calm, 0.7) == "descriptions say A, picture says B"
+    assert why(near, agreed, 0.7) == "confidence 0.50 in A is below 0.70"
+    assert "accepted share" in why(near, agreed, utils.NEVER)
+    assert why(near, agreed, 0.5) == ""
+    assert why(near, None, 0.5) == ""
 
 
 def test_novelty_of_held_out_images_leaves_their_own_rows_out(separable: Path) -> None:

@@ -32,7 +32,7 @@ def removed_flags() -> set[str]:
 
 DECIDED = fase4.Result(
     Path("a.dcm"),
-    decision=utils.Decision("FDT", "FDT", {"FDT": 1.0}, "", None, None, 3),
+    decision=utils.Decision("FDT", "FDT", "", None, None, 3),
 )
 FAILED = fase4.Result(Path("b.dcm"), error="is not a DICOM file")
 
