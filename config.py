@@ -406,6 +406,8 @@ def _reader(knob: Field[Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be {limits}")  # nor NaN
         if kind is str and not re.fullmatch(about["form"], text):
             raise argparse.ArgumentTypeError(f"{text!r} is not valid: {about['help']}")
+        if knob.name in ("vlm", "embed_model"):
+            return text.removesuffix(":latest")  # as if no tag were named
         return value
 
     names = {int: "whole number", float: "number"}

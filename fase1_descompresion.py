@@ -358,14 +358,16 @@ def convert(task: Task) -> Outcome:
 
 def _convert(task: Task, outcome: Outcome) -> None:
     give_up_after(task.timeout_s, task.facts[0])
-    dataset = utils.read_dicom(task.source, task.limit_mb)
+    try:
+        dataset = utils.read_dicom(task.source, task.limit_mb)
+    except RejectedError as error:
+        if error.dataset:
+            outcome.record = kind_of(error.dataset)
+        raise
     elements, notes = raw_elements(dataset), dataset.notes
     meta = file_meta(dataset, notes)
-    kind = outcome.record = {
-        "modality": clean(utils.text(dataset, "Modality")),
-        "sop_class": clean(meta.MediaStorageSOPClassUID.name),
-        "series_description": clean(utils.text(dataset, "SeriesDescription")),
-    }
+    kind = outcome.record = kind_of(dataset)
+    kind["sop_class"] = clean(meta.MediaStorageSOPClassUID.name)
     if PIXEL_DATA not in dataset:
         raise RejectedError(
             f"holds no image ({kind['modality'] or kind['sop_class'] or 'no modality'})"
@@ -392,6 +394,15 @@ def _convert(task: Task, outcome: Outcome) -> None:
     outcome.identity = uid or f"values:{utils.digest_of(pixels.values)}"
     outcome.record = record_of(dataset, pixels, uid)
     outcome.name = output_name(outcome.record, outcome.identity)
+
+
+def kind_of(dataset: Dataset) -> dict[str, str]:
+    """What the list of the files that were left out says of one."""
+    return {
+        "modality": clean(utils.text(dataset, "Modality")),
+        "sop_class": clean(UID(utils.text(dataset, "SOPClassUID")).name),
+        "series_description": clean(utils.text(dataset, "SeriesDescription")),
+    }
 
 
 def write(path: Path, header: Dataset, values: Any) -> None:

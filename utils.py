@@ -100,6 +100,9 @@ class PipelineError(Exception):
 class RejectedError(PipelineError):
     """One item can't be used; the message is its reason. The run goes on without it."""
 
+    dataset: Dataset | None = None
+    """What could be read of a damaged file."""
+
 
 class ModelChangedError(PipelineError):
     """A model was replaced on the server while a run was using it."""
@@ -732,12 +735,12 @@ def _walk(
     pydicom takes a value that is longer than the file, and one after a VR that it
     doesn't know, without a word: each element is looked at before its value is read.
     """
-    start, last, end, fault = file.tell(), 0, 0, None
+    start, last, end, fault, damage = file.tell(), 0, 0, None, ""
     size = file.seek(0, os.SEEK_END)
     file.seek(start)
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal last, end, fault
+        nonlocal last, end, fault, damage
         at = file.tell()
         if last >= PIXEL_DATA and (tag <= last or tag.group == 0xFFFF):
             return True  # what follows the image is no element
@@ -745,23 +748,23 @@ def _walk(
         if fault := None if is_known else _unknown_vr(file, at):
             return True
         too_long = length != UNDEFINED_LENGTH and at + length > size
-        if too_long and last >= PIXEL_DATA:
-            return True
+        if too_long and last < PIXEL_DATA:
+            damage = f"{tag} says {length} bytes, {size - at} are there"
         if too_long:
-            there = size - at
-            raise RejectedError(
-                f"is truncated: {tag} says {length} bytes, {there} are there"
-            )
+            return True
         last = last if tag.group == ITEM_GROUP else tag
         end = at + length
         return False
 
     dataset = read_dataset(file, implicit, little, stop_when=stop)
-    if not dataset and last and not fault:  # pydicom found no delimiter
-        if last != PIXEL_DATA:
-            raise RejectedError(f"is truncated: {BaseTag(last)} does not end")
+    if not dataset and last and not (fault or damage):  # pydicom found no delimiter
         note = "its compressed pixels had no delimiter at their end"
         fault = size, _END_OF_ITEMS, note
+        damage = "" if last == PIXEL_DATA else f"{BaseTag(last)} does not end"
+    if damage:
+        error = RejectedError(f"is truncated: {damage}")
+        error.dataset = dataset
+        raise error
     _unread(file, size, end)
     return dataset, fault
 
@@ -2893,7 +2896,7 @@ class VlmServer:
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             raise PipelineError(
                 f"the way to {self.url} is not clear ({_short(error)}): look at the "
-                "environment's *_PROXY, NO_PROXY and SSL_CERT_FILE"
+                "environment's *_PROXY, NO_PROXY, SSL_CERT_FILE and SSLKEYLOGFILE"
             ) from None
 
     # -- what it has --

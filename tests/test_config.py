@@ -88,6 +88,12 @@ def test_every_form_of_keep_alive_that_ollama_takes_is_taken(value: str) -> None
     assert parse(2, "--keep-alive", value).keep_alive == value
 
 
+def test_a_model_is_the_same_with_and_without_latest() -> None:
+    cfg = parse(4, "--vlm", "a/llava:latest", "--embed-model", "nomic:latest")
+    assert (cfg.vlm, cfg.embed_model) == ("a/llava", "nomic")
+    assert parse(2, "--vlm", "llava:13b").vlm == "llava:13b"
+
+
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(3, "--version")

@@ -1029,6 +1029,13 @@ def test_the_list_of_what_was_left_out_says_what_it_is(base: Path) -> None:
     data = (base / "input_dicom" / "cut").read_bytes()
     (base / "input_dicom" / "cut").write_bytes(data.replace(b"\2\0\0\0@", b"\3\0\0\0@"))
     put(base, "text", b"hello")
+    for name, syntax in (
+        ("short", uid.ExplicitVRLittleEndian),
+        ("torn", uid.JPEGLSLossless),
+    ):
+        path = base / "input_dicom" / name
+        write(path, exposure(), syntax, SeriesDescription=name)
+        path.write_bytes(path.read_bytes()[:-500])
     assert run(base) == 1
     folder = base / "f1_descomprimidos"
     rows = {one["source"]: one for one in utils.read_csv(folder / config.REJECTED_LIST)}
@@ -1040,6 +1047,13 @@ def test_the_list_of_what_was_left_out_says_what_it_is(base: Path) -> None:
     assert ",'=field" in (folder / config.REJECTED_LIST).read_text("utf-8")
     assert "Digital X-Ray" in rows["cut"]["sop_class"]
     assert rows["text"]["modality"] == ""
+    for name in ("short", "torn"):
+        assert "is truncated" in rows[name]["reason"]
+        assert (rows[name]["modality"], rows[name]["series_description"]) == (
+            "DX",
+            name,
+        )
+        assert "Digital X-Ray" in rows[name]["sop_class"]
 
 
 @pytest.mark.parametrize("name", [config.FILE_LIST, config.REJECTED_LIST])
