@@ -30,6 +30,7 @@ import csv
 import faulthandler
 import gc
 import hashlib
+import io
 import itertools
 import logging
 import math
@@ -54,10 +55,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pydicom.charset import default_encoding
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filebase import DicomIO
+from pydicom.filereader import read_sequence_item
 from pydicom.filewriter import dcmwrite, write_dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, ExplicitVRLittleEndian
@@ -155,26 +158,32 @@ def stamps_of(get: Callable[[str], str]) -> Iterator[Stamp]:
     zone, whole = get("TimezoneOffsetFromUTC"), get("AcquisitionDateTime")
     match = DATETIME_FORM.fullmatch(whole)
     day, clock, own = match.groups("") if match else (whole[:8], "", "")
-    date = parse_date(f"{day}0101"[:8])  # the year or month began
-    offset = parse_offset(own or zone)
-    stamp = Stamp("AcquisitionDateTime", date, parse_time(clock), offset)
+    # Of a shorter one, the year or month began.
+    stamp = stamp_of("AcquisitionDateTime", f"{day}0101"[:8], clock, own or zone)
     if len(day) == 8:
         yield stamp
     for name in SOURCES:
-        date, time = parse_date(get(f"{name}Date")), parse_time(get(f"{name}Time"))
-        yield Stamp(f"{name}Date/Time", date, time, parse_offset(zone))
+        pair = get(f"{name}Date"), get(f"{name}Time")
+        yield stamp_of(f"{name}Date/Time", *pair, zone)
     if len(day) < 8:
         yield stamp  # any whole date tells more than a year or a month
 
 
+def stamp_of(name: str, day: str, clock: str, offset: str) -> Stamp:
+    """One attribute, or a pair; 00010101 means no date, and its midnight no time."""
+    date, time = parse_date(day), parse_time(clock)
+    if date == datetime.min:
+        date, time = None, time or None
+    return Stamp(name, date, time, parse_offset(offset))
+
+
 def parse_date(text: str) -> datetime | None:
-    """DA: YYYYMMDD, or YYYY.MM.DD of the ACR-NEMA days; 00010101 means none."""
+    """DA: YYYYMMDD, or YYYY.MM.DD of the ACR-NEMA days."""
     match = DATE_FORM.fullmatch(text.strip())
     try:
-        date = datetime(int(match[1]), int(match[3]), int(match[4])) if match else None
+        return datetime(int(match[1]), int(match[3]), int(match[4])) if match else None
     except ValueError:
         return None
-    return None if date == datetime.min else date
 
 
 def parse_time(text: str) -> timedelta | None:
@@ -210,6 +219,8 @@ WORDS = {
     **dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8),
 }
 """Bytes that big endian values have in another order."""
+BINARY = (*WORDS, "OB", "UI", "UN")
+"""What is padded with a zero, not a space."""
 
 
 def raw_elements(dataset: Dataset) -> list[Any]:
@@ -231,16 +242,17 @@ def explicit(elements: Iterable[Any], signed: bool, notes: list[str]) -> Dataset
     for one in elements:
         tag, value, is_raw = one.tag, one.value or b"", isinstance(one, RawDataElement)
         vr = one.VR or implicit_vr(tag, signed)
+        if is_raw and one.length not in (len(value), utils.UNDEFINED_LENGTH):
+            there = f"{one.length} bytes, {len(value)} are there"
+            raise RejectedError(f"is truncated: in a sequence {tag} says {there}")
         is_plain = is_raw and one.VR and not one.is_implicit_VR and one.is_little_endian
         if vr == "SQ" and not (is_plain and PIXELS not in value):
-            items: Any = convert_raw_data_element(one).value if is_raw else value
             inner = []
-            for item in items or ():
-                parts, said = (
-                    raw_elements(item),
-                    utils.text(item, "PixelRepresentation"),
-                )
-                inner.append(explicit(parts, said == "1" if said else signed, notes))
+            items: Any = items_of(one) if is_raw else value or ()
+            for item in items:
+                raw = raw_elements(item)  # before one of them is parsed
+                said = utils.text(item, "PixelRepresentation")
+                inner.append(explicit(raw, said == "1" if said else signed, notes))
             made[tag] = DataElement(tag, "SQ", inner)
         elif tag == PIXEL_DATA and one.length == utils.UNDEFINED_LENGTH:
             notes.append("a compressed icon was left out")
@@ -249,11 +261,36 @@ def explicit(elements: Iterable[Any], signed: bool, notes: list[str]) -> Dataset
                 whole = len(value) // size * size  # a torn last one stays as it is
                 words = np.frombuffer(value[:whole], f"u{size}").byteswap()
                 value = words.tobytes() + value[whole:]
+            if len(value) % 2:  # PS3.5 7.1.1
+                notes.append(f"{tag} had an odd length")
+                value += b"\0" if vr in BINARY else b" "
             made[tag] = RawDataElement(tag, vr, one.length, value, 0, False, True)
     dataset = Dataset(made)
     # As if read in this encoding: else pydicom would parse what it writes.
     dataset.set_original_encoding(False, True, dataset._character_set)
     return dataset
+
+
+def items_of(one: RawDataElement) -> Iterator[Dataset]:
+    """The items of a sequence of known length, which must fill it (PS3.5 7.5).
+
+    pydicom takes anything for an item, and one that is longer than the sequence.
+    """
+    value, order = one.value or b"", "<" if one.is_little_endian else ">"
+    file = io.BytesIO(value)
+    while head := file.read(8):
+        group, element, length = struct.unpack(f"{order}HHL", head.ljust(8, b"\0"))
+        is_open, end = length == utils.UNDEFINED_LENGTH, file.tell() + length
+        if (group, element) != (utils.ITEM_GROUP, 0xE000) or (
+            end > len(value) and not is_open
+        ):
+            raise RejectedError(f"is damaged: {one.tag} holds what is no item")
+        file.seek(-8, os.SEEK_CUR)
+        item = read_sequence_item(
+            *(file, one.is_implicit_VR, one.is_little_endian, default_encoding)
+        )
+        assert item is not None  # it began as one
+        yield item
 
 
 def implicit_vr(tag: int, signed: bool) -> str:
@@ -346,7 +383,8 @@ def convert(task: Task) -> Outcome:
     except _DiskError as error:
         outcome.reason, outcome.disk_failed = str(error), True
     except OSError as error:
-        outcome.reason, outcome.may_pass = f"can't be read: {error.strerror}", True
+        why = error.strerror or str(error)  # pydicom's have no number
+        outcome.reason, outcome.may_pass = f"can't be read: {why}", bool(error.errno)
         if sys.platform == "win32" and len(str(task.source)) > 259:
             outcome.reason += " (its path is longer than 259 characters)"
     except Exception as error:  # each decoder raises errors of its own
@@ -475,9 +513,12 @@ def output_name(record: Mapping[str, str], identity: str) -> str:
     if record["instance"].isdecimal():
         digits = f"{int(record['instance']):05d}"
         parts.insert(0, "z" * (len(digits) - 5) + digits)  # 100000 after 99999
-    safe = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.")[:40] for part in parts]
     digest = hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:12]
-    return "_".join([record["timestamp"], *filter(None, safe), digest]) + ".dcm"
+    safe = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.")[:40] for part in parts]
+    safe = [*filter(None, safe), digest]
+    if not record["instance"].isdecimal() and safe[0].startswith("0"):
+        safe[0] = f"zzz{safe[0]}"  # it would stand among the numbers
+    return "_".join([record["timestamp"], *safe]) + ".dcm"
 
 
 def content_digest(path: Path) -> str:
@@ -716,12 +757,13 @@ def settle(known: Known, task: Task, outcome: Outcome) -> None:
     utils.remove_file(known.folder / config.FILE_LIST)
     files = known.files.setdefault(outcome.identity, [])
     if kind == "written":
-        labelled = [path for path in files if path.parent != known.folder]
         known.differing += [
             f"{name} differs in its stored values from {path} of the same "
-            "SOPInstanceUID: perhaps label it in that file's place"
-            for path in labelled[:1]
-        ]
+            "SOPInstanceUID, which an older version wrote or somebody has changed: "
+            "perhaps it should stand in that file's place"
+            for path in files
+            if not is_of_now(known, path)
+        ][:1]
     known.places[name] = held
     if kind in ("written", "renamed"):
         known.places[name] = known.folder / name
@@ -756,19 +798,25 @@ def place(known: Known, task: Task, outcome: Outcome) -> tuple[str, str, Path]:
         if name not in known.labelled and not (known.folder / name).exists()
     )
 
-    for path in known.files.get(outcome.identity, ()):
-        is_labelled, record = path.parent != known.folder, known.outputs.get(path.name)
-        is_old = record and record.get("program") != config.PROGRAM_VERSION
-        exact = record and not (is_labelled or is_old or record.get("adopted"))
-        is_same = same_content if exact else same_values
+    # First those that no other file of the input has been found to be.
+    files = known.files.get(outcome.identity, ())
+    for path in sorted(files, key=lambda path: path.name in known.outputs):
+        is_same = same_content if is_of_now(known, path) else same_values
         if not path.exists() or not is_same(path, task.temporary):
             continue
-        if is_labelled:
+        if path.parent != known.folder:
             return "labelled", name_of_labelled(known, path, task, outcome), path
-        if record:
+        if path.name in known.outputs:
             return "duplicate", path.name, path
         return "renamed", path.name if path.name.startswith(stem) else free, path
     return "written", free, task.temporary
+
+
+def is_of_now(known: Known, path: Path) -> bool:
+    """Whether this version wrote a file, so that all of it can be compared."""
+    record = known.outputs.get(path.name) or {}
+    is_own = record.get("program") == config.PROGRAM_VERSION
+    return is_own and path.parent == known.folder and not record.get("adopted")
 
 
 def name_of_labelled(known: Known, path: Path, task: Task, outcome: Outcome) -> str:

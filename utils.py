@@ -670,7 +670,9 @@ def _read_dataset(file: BinaryIO, limit_mb: int) -> Dataset:
         raise RejectedError("is truncated: there is nothing after the file meta group")
     file.seek(-8, os.SEEK_CUR)
     little = first[0] > 0 or first[1] == 0  # no group is 0000 but one left out below
-    implicit = first[4:6].decode("latin-1") not in KNOWN_VRS
+    vr, said_explicit = first[4:6], uid.is_transfer_syntax and not uid.is_implicit_VR
+    implicit = vr.decode("latin-1") not in KNOWN_VRS
+    implicit &= not (said_explicit and _is_unknown_vr(vr))
     native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     native = ImplicitVRLittleEndian if implicit else native
     if uid.is_transfer_syntax and (
@@ -708,7 +710,7 @@ def _read_elements(
     What pydicom can't read past is mended in a copy, which is read from the beginning.
     """
     start = file.tell()
-    while (read := _walk(file, implicit, little))[1]:
+    while (read := _walk(file, implicit, little, notes))[1]:
         at, mended, note = read[1]
         notes.append(note)
         file.seek(0)
@@ -728,7 +730,7 @@ def _read_elements(
 
 
 def _walk(
-    file: BinaryIO, implicit: bool, little: bool
+    file: BinaryIO, implicit: bool, little: bool, notes: list[str]
 ) -> tuple[Dataset, tuple[int, bytes, str] | None]:
     """Read elements up to the end of the image, or what has to be mended before.
 
@@ -736,7 +738,7 @@ def _walk(
     doesn't know, without a word: each element is looked at before its value is read.
     """
     start, last, end, fault, damage = file.tell(), 0, 0, None, ""
-    size = file.seek(0, os.SEEK_END)
+    size, seen = file.seek(0, os.SEEK_END), Counter[BaseTag]()
     file.seek(start)
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
@@ -744,14 +746,13 @@ def _walk(
         at = file.tell()
         if last >= PIXEL_DATA and (tag <= last or tag.group == 0xFFFF):
             return True  # what follows the image is no element
-        is_known = implicit or vr in KNOWN_VRS or tag.group == ITEM_GROUP
-        if fault := None if is_known else _unknown_vr(file, at):
+        if fault := None if implicit else _to_mend(file, at, tag, vr, length):
             return True
-        too_long = length != UNDEFINED_LENGTH and at + length > size
-        if too_long and last < PIXEL_DATA:
-            damage = f"{tag} says {length} bytes, {size - at} are there"
-        if too_long:
+        if length != UNDEFINED_LENGTH and at + length > size:
+            said = f"{tag} says {length} bytes, {size - at} are there"
+            damage = said if last < PIXEL_DATA else ""
             return True
+        seen[tag] += 1
         last = last if tag.group == ITEM_GROUP else tag
         end = at + length
         return False
@@ -765,6 +766,9 @@ def _walk(
         error = RejectedError(f"is truncated: {damage}")
         error.dataset = dataset
         raise error
+    if not fault:
+        twice = (tag for tag, times in seen.items() if times > 1)
+        notes += [f"{tag} stands there again: the last is kept" for tag in twice]
     _unread(file, size, end)
     return dataset, fault
 
@@ -781,19 +785,29 @@ def _unread(file: BinaryIO, size: int, end: int) -> None:
         file.seek(end if end <= size else size - len(rest) * bool(delimiter))
 
 
-def _unknown_vr(file: BinaryIO, at: int) -> tuple[int, bytes, str] | None:
-    """Place and bytes that make UN of a VR that pydicom does not know (PS3.5 6.2.2).
+def _to_mend(
+    file: BinaryIO, at: int, tag: BaseTag, vr: str | None, length: int
+) -> tuple[int, bytes, str] | None:
+    """Place and bytes that make something of a VR with which pydicom does nothing.
 
-    One of a later edition has 32 bits of length behind two zero bytes, a blank one 16.
+    One that it does not know becomes UN (PS3.5 6.2.2): one of a later edition has 32
+    bits of length behind two zero bytes, a blank one 16.
     """
+    if (tag, vr, length) == (PIXEL_DATA, "UN", UNDEFINED_LENGTH):
+        return at - 8, b"OB\0\0", "its compressed pixels had the VR UN"
+    if vr in KNOWN_VRS or tag.group == ITEM_GROUP:
+        return None
     file.seek(at - 4)
     named, short = struct.unpack("<2sH", file.read(4))
-    is_name = named.isalpha() and named.isupper()
-    if not is_name and named not in BLANK_VRS:
+    if not _is_unknown_vr(named):
         return None
-    is_later = is_name and not short
+    is_later = named not in BLANK_VRS and not short
     mended = b"UN\0\0" + (b"" if is_later else struct.pack("<L", short))
     return at - 4, mended, f"the unknown VR {named.decode()!r} became UN"
+
+
+def _is_unknown_vr(named: bytes) -> bool:
+    return named in BLANK_VRS or (named.isalpha() and named.isupper())
 
 
 def texts(dataset: Dataset, keyword: str) -> list[str]:
@@ -956,8 +970,9 @@ def _compressed(value: bytes, layout: Dataset) -> tuple[NDArray[Any], str]:
     photometric = layout.PhotometricInterpretation
     is_rgb = codec == "JPEG" or photometric in ("YBR_RCT", "YBR_ICT")
     if layout.SamplesPerPixel > 1:
-        photometric = "RGB" if is_rgb else photometric.removesuffix("_422")
-        layout.PhotometricInterpretation, layout.PlanarConfiguration = photometric, 0
+        whole = "YBR_FULL" if photometric.startswith("YBR") else photometric
+        layout.PhotometricInterpretation = "RGB" if is_rgb else whole
+        layout.PlanarConfiguration = 0
     if len(frames) == 1:
         return samples[None], codec
     return np.stack([samples for samples, _ in frames]), codec
@@ -1008,8 +1023,10 @@ def _stored(
     most = 1 << top - 1 if signed else 1 << top
     fits = top == width or samples.max() < most
     if low or not fits or (signed and samples.min() < -most):
-        mask = sum(1 << bit for bit in named)
-        bits = _bits(samples) & ~_bits(samples).dtype.type(mask)
+        bits = _bits(samples).copy()
+        for bit in sorted(named):  # above signed samples the sign goes on
+            filled = bits << 1 if signed and bit >= top else bits & 0
+            bits ^= (bits ^ filled) & bits.dtype.type(1 << bit)
         flat = bits.ravel()
         varying = int(np.bitwise_or.reduce(flat)) & ~int(np.bitwise_and.reduce(flat))
         used = varying.bit_length()
@@ -1036,11 +1053,6 @@ def _embedded_overlays(dataset: Dataset, layout: Dataset) -> dict[int, int]:
             if not used and 0 <= bit < layout.BitsAllocated:
                 found[group] = bit
     return found
-
-
-def decode_frame(dataset: Dataset) -> NDArray[Any]:
-    """The frame that stands for the image, as `frame_of` gives it."""
-    return frame_of(decode(dataset))
 
 
 def frame_of(pixels: Pixels) -> NDArray[Any]:
@@ -1083,11 +1095,8 @@ def _streams(value: bytes, layout: Dataset) -> list[Stream]:
     A frame begins with a fragment that opens like the first. The offset table, which
     may be missing or wrong, is not needed: pydicom's `generate_frames` believes in it.
     """
-    count, view, (_, starts) = (
-        layout.NumberOfFrames,
-        memoryview(value),
-        parse_fragments(value),
-    )
+    count, view = layout.NumberOfFrames, memoryview(value)
+    starts = parse_fragments(value)[1]
     ends = [*starts[1:], len(value)]
     fragments = [view[at + 8 : end] for at, end in zip(starts, ends, strict=True)]
     if len(fragments) < 2 or not fragments[1]:  # the first is the offset table
@@ -1291,7 +1300,10 @@ def prepare_image(path: Path) -> PreparedImage:
     """
     try:
         dataset = read_dicom(path)
-        return _prepared(decode_frame(dataset), dataset)
+        pixels = decode(dataset)
+        # As phase 1 writes it: a padding value without a VR has the sign of the pixels.
+        dataset.PixelRepresentation = pixels.layout.PixelRepresentation
+        return _prepared(frame_of(pixels), dataset)
     except RejectedError:
         raise
     except OSError as error:

@@ -619,6 +619,66 @@ def test_another_uid_in_the_file_meta_group_is_put_right_and_noted(
     assert output.file_meta.MediaStorageSOPInstanceUID == output.SOPInstanceUID
 
 
+def with_sequence(folder: Path, value: bytes, syntax: str = "implicit") -> Path:
+    """An image whose ReferencedImageSequence has known length and these bytes."""
+    dataset = make(exposure(), SYNTAXES[syntax])
+    dataset.ReferencedImageSequence = DicomSequence([])
+    path = saved(dataset, folder)
+    tag = b"\x08\0\x40\x11" + (b"" if syntax == "implicit" else b"SQ\0\0")
+    length = struct.pack("<L", len(value))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(tag + b"\0" * 4, tag + length + value))
+    return path
+
+
+def item(*elements: bytes, spare: int = 0) -> bytes:
+    value = b"".join(elements)
+    return b"\xfe\xff\0\xe0" + struct.pack("<L", len(value) + spare) + value
+
+
+CLASS_UID = b"\x08\0\x50\x11\6\0\0\0" + b"1.2.3\0"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"not a sequence at all!", "(0008,1140) holds what is no item"),
+        (item(CLASS_UID) + b"junk", "(0008,1140) holds what is no item"),
+        (item(CLASS_UID, spare=5000), "(0008,1140) holds what is no item"),
+        (
+            item(CLASS_UID.replace(b"\6\0\0\0", b"\xc8\0\0\0")),
+            "in a sequence (0008,1150) says 200 bytes, 6 are there",
+        ),
+    ],
+)
+def test_a_damaged_sequence_is_not_written_as_something_else(
+    tmp_path: Path, value: bytes, reason: str
+) -> None:
+    outcome = convert(with_sequence(tmp_path, value), tmp_path)
+    assert reason in outcome.reason
+    assert not outcome.may_pass
+    assert outcome.record["modality"] == "DX"
+
+
+@pytest.mark.parametrize("value", [b"", item(CLASS_UID), item() + item(CLASS_UID)])
+def test_a_whole_sequence_of_known_length_is_kept(tmp_path: Path, value: bytes) -> None:
+    outcome = convert(with_sequence(tmp_path, value), tmp_path)
+    assert (outcome.reason, outcome.record["notes"]) == ("", "")
+    items = read(tmp_path / "out.dcm").ReferencedImageSequence
+    assert len(items) == value.count(b"\xfe\xff\0\xe0")
+    uids = [str(one.get("ReferencedSOPClassUID", "")) for one in items]
+    assert uids == ["", "1.2.3"][-len(items) :] or not items
+
+
+def test_an_odd_length_is_padded_and_noted(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", exposure(), PatientComments="even")
+    data = source.read_bytes()
+    source.write_bytes(data.replace(b"LT\4\0even", b"LT\3\0odd"))
+    outcome = convert(source, tmp_path)
+    assert outcome.record["notes"] == "(0010,4000) had an odd length"
+    assert b"LT\4\0odd " in (tmp_path / "out.dcm").read_bytes()
+
+
 def without_preamble(data: bytes) -> bytes:
     return data[132:]
 
@@ -763,6 +823,17 @@ def test_both_forms_of_a_date_are_understood(text: str) -> None:
 )
 def test_an_impossible_date_is_none(text: str) -> None:
     assert moment(AcquisitionDate=text) == fase1.NO_DATE
+
+
+@pytest.mark.parametrize("clock", ["", "000000.000000"])
+def test_no_date_has_no_midnight(clock: str) -> None:
+    none = {"AcquisitionDateTime": f"00010101{clock}"}
+    study = {"StudyDate": "20240305", "StudyTime": "093000"}
+    assert moment(**none, **study) == "20240305T093000.000000"
+    made = {"InstanceCreationDate": "20240305", "InstanceCreationTime": "101500"}
+    assert moment(**none, **study, **made) == "20240305T101500.000000"
+    undated = {"AcquisitionDate": "00010101", "AcquisitionTime": "094000"}
+    assert moment(**undated, **study) == "20240305T094000.000000"
 
 
 @pytest.mark.parametrize(
@@ -1734,6 +1805,24 @@ def test_a_twin_is_not_lost_with_the_state(base: Path, lost: str) -> None:
         assert len(outputs(base)) == 1
 
 
+@pytest.mark.parametrize("moved", ["A", "B"])
+def test_twins_with_equal_pixels_stay_listed_without_the_state(
+    base: Path, moved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "AB":
+        source = base / "input_dicom" / name
+        write(source, exposure(seed=1), SeriesDescription=name)
+    run(base)
+    named = {row["source"]: row["output"] for row in manifest(base)}
+    label(base, base / "f1_descomprimidos" / named[moved])
+    (base / "f1_descomprimidos" / fase1.STATE).unlink()
+    for _ in range(3):
+        assert run(base) == 0
+        assert {row["output"] for row in manifest(base)} == {*named.values()}
+        assert len(outputs(base)) == 1
+    assert "without their originals" not in capsys.readouterr().out
+
+
 def test_a_labelled_file_with_another_header_is_known_without_the_state(
     base: Path,
 ) -> None:
@@ -1847,6 +1936,31 @@ def test_a_labelled_file_with_other_stored_values_is_named(
     assert len(outputs(base)) == 2
 
 
+def touch(base: Path) -> None:
+    """Files of the input that another program has looked at."""
+    found = [path for path in (base / "input_dicom").rglob("*") if path.is_file()]
+    assert found
+    for path in found:
+        os.utime(path, (1, 1))
+
+
+def test_an_output_of_an_older_version_with_other_stored_values_is_named(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection(base, 2)
+    with monkeypatch.context() as older:
+        older.setattr(config, "PROGRAM_VERSION", "1.1.0")
+        run(base)
+    path = outputs(base)[0]
+    dataset = read(path)
+    dataset.PixelData = bytes(len(dataset.PixelData))
+    dataset.save_as(path)
+    touch(base)
+    assert run(base) == 0
+    assert f"differs in its stored values from {path}" in caplog.text
+    assert len(outputs(base)) == 3
+
+
 def test_a_touched_input_of_an_older_version_is_not_written_again(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1860,8 +1974,7 @@ def test_a_touched_input_of_an_older_version_is_not_written_again(
         dataset.ImageComments = "of version 1.1"
         dataset.save_as(path)
     before = {path.name for path in outputs(base)}
-    for path in (base / "input_dicom").iterdir():
-        os.utime(path, (1, 1))
+    touch(base)
     assert run(base) == 0
     assert {path.name for path in outputs(base)} == before
 

@@ -409,7 +409,7 @@ def test_whatever_a_file_provokes_is_its_own_failure(
         raise error("by this file")
 
     path = saved(tmp_path, half_plane(0, 900))
-    monkeypatch.setattr(utils, "decode_frame", provoke)
+    monkeypatch.setattr(utils, "decode", provoke)
     with pytest.raises(RejectedError, match="can't be"):
         prepare_image(path)
 

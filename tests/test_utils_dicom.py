@@ -30,9 +30,10 @@ from hypothesis import strategies as st
 from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 
+import config
 import fase1_descompresion as fase1
 import utils
-from utils import RejectedError, decode_frame, find_files, read_dicom
+from utils import RejectedError, find_files, read_dicom
 
 CODECS = [name for name in SYNTAXES if SYNTAXES[name].is_encapsulated]
 
@@ -41,6 +42,10 @@ CODECS = [name for name in SYNTAXES if SYNTAXES[name].is_encapsulated]
 
 def found(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in find_files(root)]
+
+
+def decode_frame(dataset: Any) -> Any:
+    return utils.frame_of(utils.decode(dataset))
 
 
 def test_files_are_found_at_any_depth_in_order(tmp_path: Path) -> None:
@@ -500,6 +505,54 @@ def test_a_copy_of_phase_1_looks_like_its_original(
     assert utils.prepare_image(tmp_path / "out.dcm") == original
 
 
+@pytest.mark.parametrize("overlays", [[12], [13], [15], [12, 13], [14, 15], [13, 15]])
+@pytest.mark.parametrize("above", ["zeros", "ones", "sign"])
+def test_an_overlay_in_the_bits_above_signed_samples_leaves_their_sign(
+    tmp_path: Path, above: str, overlays: list[int]
+) -> None:
+    stored = exposure(40, 48, 12).astype(np.int16) - 2048
+    cells = stored.view(np.uint16) if above == "sign" else stored.view("u2") & 0x0FFF
+    cells = cells | 0xF000 if above == "ones" else cells.copy()
+    dataset = make(stored, bits=12)
+    for number, bit in enumerate(overlays):
+        drawn = exposure(40, 48, 1, seed=bit).astype(np.uint16) << bit
+        cells = cells & ~np.uint16(1 << bit) | drawn
+        dataset.add_new(0x60000102 + number * 0x20000, "US", bit)
+    dataset.PixelData = cells.astype("<u2").tobytes()
+    dataset.save_as(tmp_path / "x", enforce_file_format=True)
+    found = utils.decode(read_dicom(tmp_path / "x"))
+    assert found.layout.BitsStored == 12
+    assert np.array_equal(utils.frame_of(found), stored)
+
+
+@pytest.mark.parametrize("name", ["implicit", "explicit"])
+def test_padding_has_the_sign_of_the_pixels_where_the_header_says_none(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "x"
+    pixels = exposure(40, 48)
+    pixels[:, :10] = 7
+    write(path, pixels, SYNTAXES[name], PixelPaddingValue=7)
+    element = b"\x28\0\x03\x01" + (b"US" if name == "explicit" else b"")
+    element += b"\2\0\0\0" + (b"" if name == "explicit" else b"\0\0")
+    assert element in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(element, b""))
+    fase1.convert(fase1.Task(path, tmp_path / "out.dcm", 64))
+    original, copy = (utils.prepare_image(tmp_path / one) for one in ("x", "out.dcm"))
+    assert original.view_id == copy.view_id
+    assert (original.grey[:, :30] == config.PADDING_GREY).all()
+
+
+def test_a_lossless_stream_has_no_subsampled_colours(tmp_path: Path) -> None:
+    pixels = np.dstack([exposure(40, 48, 8, seed=seed) for seed in range(3)])
+    photometric = {"PhotometricInterpretation": "YBR_PARTIAL_422"}
+    write(tmp_path / "x", pixels, SYNTAXES["RLE"], bits=8, **photometric)
+    assert not fase1.convert(fase1.Task(tmp_path / "x", tmp_path / "out", 64)).reason
+    assert pydicom.dcmread(tmp_path / "out").PhotometricInterpretation == "YBR_FULL"
+    original, copy = (utils.prepare_image(tmp_path / one) for one in ("x", "out"))
+    assert original == copy
+
+
 def test_bits_named_as_an_overlay_are_no_pixels_beside_its_data(tmp_path: Path) -> None:
     path, stored = write_cells(tmp_path / "x", "overlay", "explicit")
     dataset = pydicom.dcmread(path)
@@ -721,6 +774,35 @@ def splice(path: Path, element: bytes) -> Path:
     at = data.index(b"\x28\0\x02\0US")
     path.write_bytes(data[:at] + element + data[at:])
     return path
+
+
+@pytest.mark.parametrize("vr", [b"  ", b"--", b"??", b"ZZ"])
+def test_a_first_element_without_a_known_vr_is_read(tmp_path: Path, vr: bytes) -> None:
+    path = write(tmp_path / "x", exposure(), SpecificCharacterSet="ISO_IR 100")
+    data = path.read_bytes()
+    at = data.index(b"\x08\0\x05\0CS")
+    path.write_bytes(data[: at + 4] + vr + data[at + 6 :])
+    notes, pixels = notes_of(path)
+    assert notes == f"the unknown VR {vr.decode()!r} became UN"
+    assert np.array_equal(pixels, exposure())
+
+
+def test_compressed_pixels_of_the_vr_un_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", exposure(), uid.JPEGLSLossless)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\xe0\x7f\x10\0OB", b"\xe0\x7f\x10\0UN"))
+    notes, pixels = notes_of(path)
+    assert notes == "its compressed pixels had the VR UN"
+    assert np.array_equal(pixels, exposure())
+
+
+def test_an_element_that_stands_twice_is_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", exposure(), KVP="60")
+    kvp = b"\x18\0\x60\0DS\2\0"
+    data = path.read_bytes().replace(kvp + b"60", kvp + b"60" + kvp + b"80")
+    path.write_bytes(data)
+    notes, _ = notes_of(path)
+    assert notes == "(0018,0060) stands there again: the last is kept"
 
 
 @pytest.mark.parametrize("length", [0, 8])
