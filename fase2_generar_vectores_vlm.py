@@ -523,7 +523,8 @@ def write_dataset(
     for (prompt, _), times in same_words.items():
         # In the same words, in whatever order, about several images: without looking.
         quality[prompt]["repeated"] += times if times > 1 else 0
-    return manifest(images, shape, quality, book, cfg)
+    late = [one for one in image_lines if str(one["last_answer"]) > book.last_pass]
+    return manifest(images, shape, quality, book, cfg) | {"unconfirmed": len(late)}
 
 
 def image_line(

@@ -746,6 +746,7 @@ def describe_training(data: Dataset, splits: Sequence[Split]) -> dict[str, Any]:
         "probe_vector": manifest["probe_vector"],
         "dataset": manifest["sha256"],
         "finished_only": manifest.get("finished_only"),
+        "unconfirmed": manifest.get("unconfirmed", 0),
         "modalities": modalities(data),
         "images": len(data.labels),
         "rows": data.n_rows,
@@ -1180,11 +1181,14 @@ def report_lines(metrics: Mapping[str, Any], verbose: bool) -> Iterator[str]:
 def find_warnings(metrics: Mapping[str, Any], cfg: Config) -> Iterator[str]:
     """What a reader of the figures must not miss: of the data, then of each figure."""
     splits, asked = metrics["splits"], metrics["k_measured"]
+    unconfirmed = metrics["unconfirmed"]
     fewest = min(figure["n"] for figure in metrics["classes"].values())
     of_data = {
         "NO ROW WAS ASKED WITH THE GENERIC PROMPTS: what phase 4 does can't be "
         "measured, and these figures are of prompts that give the class away. Run "
         "phase 2 with a --generic-share above 0": metrics["asked"] != "generic",
+        f"no sight test has confirmed the answers about {unconfirmed} images: run "
+        "phase 2 again, which tests the server and asks nothing": unconfirmed > 0,
         f"measured with {asked} descriptions, all that the dataset has of an image; "
         f"phase 4 asks {metrics['k']}": asked < metrics["k"],
         f"the intervals count images, but those of one {cfg.group_by} are alike: with "

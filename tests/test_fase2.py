@@ -1222,3 +1222,7 @@ def test_answers_that_no_sight_test_confirmed_are_told_by_finished_only(
     flags.remove("--no-sight-test")
     assert fase2.main(flags) == 0
     assert "no sight test has confirmed 15 answers" in caplog.text
+    assert manifest_of(base)["unconfirmed"] == 3
+    flags.remove("--finished-only")
+    assert fase2.main(flags) == 0
+    assert manifest_of(base)["unconfirmed"] == 0

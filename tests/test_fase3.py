@@ -195,7 +195,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     base = write_dataset(tmp_path_factory.mktemp("unfinished"))
     with_headers(base, "kvp", ["70", "", ""] * 12)
     with_headers(base, "modality", ["DX", "", "", "CR", "", ""] * 6)
-    seal(base, finished_only={"images": 36, "labelled": 60})
+    seal(base, finished_only={"images": 36, "labelled": 60}, unconfirmed=5)
     return run(base)
 
 
@@ -895,6 +895,14 @@ def test_the_metrics_hold_what_phase_4_compares(separable: Path) -> None:
 
 def test_the_modalities_of_training_are_recorded(unfinished: dict[str, Any]) -> None:
     assert unfinished["modalities"] == ["CR", "DX"]
+
+
+def test_answers_that_no_sight_test_confirmed_are_a_warning(
+    unfinished: dict[str, Any], separable: Path
+) -> None:
+    warning = "no sight test has confirmed the answers about 5 images"
+    assert any(warning in line for line in unfinished["warnings"])
+    assert not any("sight" in line for line in metrics_of(separable)["warnings"])
 
 
 def test_an_unfinished_dataset_is_said_first(unfinished: dict[str, Any]) -> None:
