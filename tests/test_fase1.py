@@ -964,6 +964,22 @@ def test_names_sort_as_the_exposures_were_made(base: Path) -> None:
     ]
 
 
+def test_names_sort_as_the_list_where_a_number_is_missing(base: Path) -> None:
+    for number in (2, 7, 100001, None):
+        write(
+            base / "input_dicom" / str(number),
+            exposure(),
+            AcquisitionTime="120000",
+            InstanceNumber=number,
+            SOPInstanceUID=f"2.25.{number or 9}",
+            DetectorID="000012A",
+        )
+    run(base)
+    names = [row["output"] for row in manifest(base)]
+    assert names == sorted(names)
+    assert manifest(base)[-1]["source"] == "None"
+
+
 @pytest.mark.parametrize("tenth", [10, 100000, 12345679])
 def test_ties_are_broken_by_instance_number_then_name(base: Path, tenth: int) -> None:
     for number, instance in ((3, tenth - 1), (1, tenth), (2, tenth - 1)):
