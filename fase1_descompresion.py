@@ -21,10 +21,16 @@ files that were moved to datos_etiquetados/ in the meantime.
     python fase1_descompresion.py --labels etiquetas.csv    moves what was marked
 """
 
+import os
 import signal
 
-if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while libraries load
+if __name__ == "__main__":
+    # Nothing here multiplies matrices: threads for that cost a tenth of a second.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # no traceback while libraries load
 
 import csv
 import faulthandler
@@ -35,7 +41,6 @@ import itertools
 import logging
 import math
 import multiprocessing
-import os
 import re
 import shutil
 import struct
