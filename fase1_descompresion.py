@@ -27,10 +27,9 @@ import signal
 if __name__ == "__main__":
     # Nothing here multiplies matrices: threads for that cost a tenth of a second.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # No traceback while libraries load.
     if callable(signal.getsignal(signal.SIGINT)):
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # no traceback while libraries load
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import csv
 import faulthandler
