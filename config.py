@@ -17,7 +17,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-PROGRAM_VERSION = "1.9.1"
+PROGRAM_VERSION = "1.9.2"
 """Version of the program, written into every manifest."""
 
 # --- Classes ------------------------------------------------------------------------
