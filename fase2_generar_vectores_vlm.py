@@ -656,10 +656,11 @@ def finished(
     asked = {"vlm": cfg.vlm, "embedder": cfg.embed_model}
     if cfg.estimate:
         raise PipelineError("--finished-only asks nothing: leave out --estimate")
-    if any(last.get(key, name) != name for key, name in asked.items()):
+    named = {k: str(last.get(k, n)).removesuffix(":latest") for k, n in asked.items()}
+    if named != asked:
         raise PipelineError(
-            f"the journal's last answers are by {last['vlm']} and {last['embedder']}: "
-            "name these with --vlm and --embed-model"
+            f"the journal's last answers are by {' and '.join(named.values())}: name "
+            "these with --vlm and --embed-model"
         )
     images, probe = identify(paths, cfg, rejections), utils.unpack_vector(last["probe"])
     facts = ServerFacts(**{name: last[name] for name in names}, probe=probe)

@@ -311,6 +311,14 @@ def test_other_flags_than_in_training_are_refused_by_name(
     assert words in caplog.text
 
 
+def test_a_model_made_with_latest_in_its_names_goes_on(
+    base: Path, server: FakeOllama, new: Path
+) -> None:
+    named = {"vlm": "demo-vlm:latest", "embedder": "demo-embed:latest"}
+    edit(base, lambda m: m["conditions"].update(named))
+    assert phase4(base, server, new / "TOR") == 0
+
+
 def test_other_prompts_than_in_training_are_refused(
     base: Path,
     server: FakeOllama,
