@@ -109,7 +109,7 @@ class Rejections:
         """Record one file."""
         self.rows.append({"file": str(path), "reason": reason})
         self.failed += failed
-        log.log(logging.WARNING if failed else logging.INFO, "%s: %s", path, reason)
+        log.log(logging.WARNING if failed else logging.DEBUG, "%s: %s", path, reason)
 
 
 def labelled_files(folder: Path, rejections: Rejections) -> list[Path]:
@@ -623,8 +623,9 @@ def run(cfg: Config) -> int:
         complete = [image for image in images if image.image_id not in left]
         if cfg.finished_only and not complete:
             raise PipelineError(
-                f"no image has all its {cfg.descriptions} descriptions: nothing is "
-                "changed; see --descriptions, or run without --finished-only"
+                f"no image has all its {cfg.descriptions} descriptions, embedded as by "
+                "the last server: nothing is changed; see --descriptions, or run "
+                "without --finished-only, which asks only what is open"
             )
         for image in (image for image in images if image.image_id in left):
             why = failures.get(image.image_id, "has not all its descriptions")
@@ -637,6 +638,9 @@ def run(cfg: Config) -> int:
         made = write_dataset(complete, book, cfg)
         if cfg.finished_only:
             made["finished_only"] = {"images": len(complete), "labelled": len(images)}
+            said.append(
+                f"{len(complete)} of {len(images)} labelled images are complete"
+            )
         utils.write_json(folder / config.MANIFEST, made)
     print(*said, *summary(folder, made, len(rejections.rows)), sep="\n")
     return utils.EXIT_SOME_FAILED if rejections.failed else utils.EXIT_DONE
@@ -647,13 +651,15 @@ def finished(
 ) -> tuple[list[LabelledImage], AnswerBook]:
     """What --finished-only goes by: the journal alone, and the server it saw last."""
     journal = cfg.folder("dataset_dir") / config.JOURNAL_DIR
-    last = utils.Journal(journal / AnswerBook.SERVERS).get("last") or {}
+    servers = utils.Journal(journal / AnswerBook.SERVERS)
+    asked = {"vlm": cfg.vlm, "embedder": cfg.embed_model}
+    last = servers.get(utils.last_of(asked)) or servers.get("last") or {}
     names = ("version", "vlm_digest", "embedder_digest")
     if not {*names, "probe"} <= set(last):
         raise PipelineError(
-            f"{journal} holds no answer yet: run without --finished-only"
+            f"{journal / AnswerBook.SERVERS} names no server yet: run without "
+            "--finished-only, which asks only what is open"
         )
-    asked = {"vlm": cfg.vlm, "embedder": cfg.embed_model}
     if cfg.estimate:
         raise PipelineError("--finished-only asks nothing: leave out --estimate")
     named = {k: str(last.get(k, n)).removesuffix(":latest") for k, n in asked.items()}

@@ -236,7 +236,7 @@ def load_array(path: Path) -> NDArray[Any]:
     """Map a .npy file into memory; pickled objects are refused, not loaded."""
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError) as error:
         raise PipelineError(f"{path} can't be read ({error}): {PHASE_2}") from None
     return array
 
@@ -1324,6 +1324,11 @@ def run(cfg: Config) -> int:
     n_folds = count_folds(data, data.groups, cfg.folds)
     repeats = int(np.clip(JUDGEMENTS // len(data.labels), 1, 5))
     splits = make_splits(data, data.groups, n_folds, repeats) if n_folds > 1 else []
+    if len(set(data.groups)) == 1:
+        raise PipelineError(
+            f"by {cfg.group_by} nothing can be held out: all images have the same, or "
+            "none; use another --group-by"
+        )
     if not splits:
         n = [len({*data.groups[data.labels == i]}) for i in range(len(data.classes))]
         raise PipelineError(

@@ -31,7 +31,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -506,13 +506,18 @@ def now() -> str:
 # --- The phase ----------------------------------------------------------------------
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and all files below the folders named, in that order."""
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files named, and all files below the folders named, in that order.
+
+    And what could not be seen there, of which a line tells.
+    """
+    found: list[Path] = []
+    unseen: list[Path] = []
 
     def tell(path: Path, why: str) -> None:
+        unseen.append(path)
         log.warning("%s: %s", path, why)
 
-    found: list[Path] = []
     for path in paths:
         # The shells of Windows leave wildcards to the program.
         matching = [] if path.exists() else sorted(glob.glob(str(path)))  # noqa: PTH207
@@ -526,7 +531,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             ]
     if not found:
         raise PipelineError(f"{paths[0]} holds no file: name a DICOM file or a folder")
-    return found
+    return found, unseen
 
 
 def check_outputs(cfg: Config) -> None:
@@ -544,9 +549,13 @@ def check_outputs(cfg: Config) -> None:
                 f"--{suffix[1:]} would replace {path}: name a file that ends in "
                 f"{suffix}"
             )
-    if cfg.copy_to:
-        cfg.copy_to.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cfg.copy_to):
+        if path and path.is_dir():
+            raise PipelineError(f"--{suffix[1:]} {path}: that is a folder, name a file")
+    for folder in filter(
+        None, (cfg.csv and cfg.csv.parent, cfg.html and cfg.html.parent, cfg.copy_to)
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
 
 
@@ -568,12 +577,13 @@ def run(cfg: Config, paths: Sequence[Path]) -> int:
     if not paths:
         raise PipelineError("no image is named: name DICOM files or folders")
     check_outputs(cfg)
-    files = find_images(paths)
+    files, unseen = find_images(paths)
     metrics = read_metrics(cfg.folder("model_dir"))
     check_conditions(metrics, None, cfg)
     if warning := utils.distance_warning(cfg):
         log.warning("warning: %s", warning)
-    return utils.run_async(classify(files, metrics, cfg))
+    code = utils.run_async(classify(files, metrics, cfg))
+    return max(code, utils.EXIT_SOME_FAILED) if unseen else code
 
 
 async def classify(
@@ -640,8 +650,8 @@ def open_book(cfg: Config, facts: ServerFacts, opened: AsyncExitStack) -> Answer
             *(folder, error.strerror),
         )
         aside = opened.enter_context(tempfile.TemporaryDirectory())
-        with suppress(OSError):  # what was kept is not asked again
-            shutil.copytree(folder, aside, dirs_exist_ok=True)
+        for path in folder.glob("*.jsonl"):  # what was kept is not asked again
+            shutil.copyfile(path, Path(aside, path.name))
         book = AnswerBook(Path(aside), cfg, facts)
     for note in book.notes:
         log.warning("note: %s", note)

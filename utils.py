@@ -381,7 +381,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing: {remedy}") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise PipelineError(f"{path} can't be read ({error}): {remedy}") from None
     if not isinstance(content, dict):
         raise PipelineError(f"{path} is not a JSON object: {remedy}")
@@ -1695,9 +1695,10 @@ def judged(record: Mapping[str, Any]) -> Answer:
     Judged when it is read, so that a better rule heals the journals that are there. Of
     a record of version 1.0 its `problem` stands for done and done_reason.
     """
-    text = _CONTROL_TOKEN.split(str(record.get("text", "")), maxsplit=1)[0].strip()
-    old = record.get("problem")
+    said, old = record.get("text", ""), record.get("problem")
+    text = _CONTROL_TOKEN.split(str(said), maxsplit=1)[0].strip()
     done = record.get("done", "text" in record and old != "broken")
+    done = done and isinstance(said, str)
     cut = record.get("done_reason") == "length" or old == "cut"
     problems = {
         "broken": not done,
@@ -1846,7 +1847,7 @@ class AnswerBook:
         kin = {
             key: cosine(unpack_vector(one.get("probe")), facts.probe)
             for key, one in self.servers.items()
-            if key not in ("last", "sight") and mine.items() <= one.items()
+            if not key.startswith(("last", "sight")) and mine.items() <= one.items()
         }
         now = {**mine, "probe": pack_vector(facts.probe), "version": facts.version}
         engine = next((k for k, near in kin.items() if near >= SAME_EMBEDDING), "")
@@ -1861,8 +1862,9 @@ class AnswerBook:
             engine = _key(now)
             self.servers.add({"key": engine, **now})
         now |= {"vlm_digest": facts.vlm_digest, "engine": engine, **self._names}
-        if last != now:
-            self.servers.add({"key": "last", **now})
+        for key in ("last", last_of(self._names)):
+            if self.servers.get(key) != now:
+                self.servers.add({"key": key, **now})
         return engine
 
     def of(self, image: PreparedImage) -> "ImageAnswers":
@@ -1877,10 +1879,10 @@ class AnswerBook:
     def last_pass(self) -> str:
         """When a sight test was last passed, UTC in ISO 8601; "" for never."""
         moment = str((self.servers.get("sight") or {}).get("time") or "")
-        with suppress(ValueError):
-            datetime.fromisoformat(moment)
-            return moment
-        return ""
+        with suppress(ValueError, TypeError):
+            if datetime.fromisoformat(moment) <= datetime.now(UTC):
+                return moment
+        return ""  # also where a clock was wrong
 
     def unconfirmed(self) -> list[int]:
         """How many answers each image has, of whatever run, since the last pass."""
@@ -1940,6 +1942,11 @@ class AnswerBook:
         except ModelChangedError as error:
             self.set_aside(moment, [server.url], error)
             raise
+
+
+def last_of(names: Mapping[str, str]) -> str:
+    """Key of the record of the last server with these models, vlm and embedder."""
+    return f"last of {names['vlm']} and {names['embedder']}"
 
 
 class ImageAnswers:
@@ -2268,8 +2275,12 @@ class Interview:
 
     async def _until_usable(self, question: Question, server: "VlmServer") -> None:
         """Ask with one seed after another, and keep every answer."""
-        picture, said = self._picture, self._answers.attempts(question)
+        picture = self._picture
         for _ in range(TEXT_ATTEMPTS):
+            self._answers.journal.refresh()  # another process may have asked it
+            said = self._answers.attempts(question)
+            if chosen_answer(said):
+                return
             attempt = len(said)
             seed = question.seed(picture.image_id, attempt)
             started = time.monotonic()
@@ -2278,8 +2289,7 @@ class Interview:
             answer = self._answers.keep(question, attempt, reply)
             server.note(answer.usable, picture.image_id, answer.text)
             self._told(answer)
-            said.append(answer)
-            if chosen_answer(said):
+            if chosen_answer([*said, answer]):
                 return
         raise RejectedError(
             f"no usable answer to {question.prompt_set} prompt {question.index} "

@@ -1188,9 +1188,9 @@ def test_the_finished_images_alone_make_a_dataset_without_a_server(
         assert manifest_of(base) == made
     journal = base / "dataset_final_vlm" / config.JOURNAL_DIR
     servers = utils.Journal(journal / utils.AnswerBook.SERVERS)
-    named = {"vlm": "demo-vlm:latest", "embedder": "demo-embed:latest"}
-    servers.add({"key": "last", **(servers.get("last") or {}), **named})  # to 1.9.1
-    assert fase2.main([*flags, "--finished-only"]) == 0
+    for other in ("another", "demo-vlm:latest"):  # up to 1.9.1 the tag was kept
+        servers.add({"key": "last", **(servers.get("last") or {}), "vlm": other})
+        assert fase2.main([*flags, "--finished-only"]) == 0
     assert made["finished_only"] == {"images": 3, "labelled": 4}
     assert made["counts"]["images"] == 3
 

@@ -1140,6 +1140,14 @@ def test_a_class_that_can_not_be_held_out_is_refused_by_its_name(
 
 
 @posix  # elsewhere only a console sends it
+def test_a_header_field_that_no_image_has_can_not_be_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = write_dataset(tmp_path)
+    assert fase3.main(["--base", str(base), "--group-by", "station"]) == 2
+    assert "by station nothing can be held out" in caplog.text
+
+
 def test_ctrl_c_ends_with_130_and_no_model(tmp_path: Path) -> None:
     base = write_dataset(tmp_path, per_class=20)
     command = [sys.executable, fase3.__file__, "--base", str(base), "--search", "full"]

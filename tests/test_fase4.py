@@ -607,6 +607,75 @@ def test_what_was_kept_where_nothing_can_be_written_now_is_not_asked_again(
         assert asked(fake) == before
 
 
+def test_the_copy_of_a_journal_that_cannot_be_written_can_be(
+    base: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = []
+
+    class Book(utils.AnswerBook):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            books.append(self)
+
+        def touch(self) -> None:
+            raise OSError(errno.EROFS, "read-only")
+
+    with FakeOllama() as fake:
+        phase4(base, fake, "--ask-all", new)
+        folder = base / "dataset_final_vlm" / config.JOURNAL_DIR
+        modes = [one.stat().st_mode & 0o777 for one in (folder, *folder.iterdir())]
+        for one in (folder, *folder.glob("*.jsonl")):
+            one.chmod(0o555)
+        monkeypatch.setattr(fase4, "AnswerBook", Book)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert phase4(base, fake, "--ask-all", new) == 0
+    folder.chmod(modes[0])
+    aside = books[-1].folder
+    assert aside is not None
+    assert aside != folder
+    assert all(one.stat().st_mode & 0o200 for one in (aside, *aside.glob("*.jsonl")))
+
+
+def test_what_another_process_asks_meanwhile_is_not_asked_again(
+    base: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, folder = utils.VlmServer.answer, base / "dataset_final_vlm"
+    others: list[utils.ImageAnswers] = []
+
+    async def answer(server: Any, *asked: Any) -> dict[str, Any]:
+        reply = await real(server, *asked)
+        if not others:
+            cfg = config.Config(vlm="demo-vlm", embed_model="demo-embed")
+            book = utils.AnswerBook(folder / config.JOURNAL_DIR, cfg, server.facts)
+            others.append(book.of(utils.prepare_image(new / "TOR")))
+            for question in utils.questions("generic", 10):
+                others[0].keep(question, 0, reply | {"text": f"A {question.prompt}"})
+        return reply
+
+    monkeypatch.setattr(utils.VlmServer, "answer", answer)
+    with FakeOllama() as fake:
+        assert phase4(base, fake, "--ask-all", "--no-sight-test", new / "TOR") == 0
+        assert asked(fake) <= 2  # in flight at once
+    others[0].journal.refresh()
+    assert all(len(others[0].attempts(q)) == 1 for q in utils.questions("generic", 10))
+
+
+def test_what_could_not_be_seen_in_a_folder_is_no_success(
+    base: Path, server: FakeOllama, new: Path
+) -> None:
+    (new / "gone").symlink_to(new / "nowhere")
+    assert phase4(base, server, new) == 1
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--html"])
+def test_a_folder_in_place_of_a_file_is_refused_before_any_question(
+    base: Path, new: Path, flag: str
+) -> None:
+    with FakeOllama() as fake:
+        assert phase4(base, fake, flag, new, new) == 2
+        assert fake.stats()["requests"].get("/api/chat", 0) == 0
+
+
 def test_a_journal_that_cannot_be_written_is_warned_of_and_not_needed(
     base: Path, server: FakeOllama, new: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -858,7 +927,7 @@ def test_a_table_and_a_page_are_two_files(
 def test_tables_and_pages_of_earlier_runs_are_no_images(tmp_path: Path) -> None:
     for name in ("a.dcm", "first run.csv", "first run.HTML", "no_suffix"):
         (tmp_path / name).write_bytes(b"")
-    found = fase4.find_images([tmp_path, tmp_path / "first run.csv"])
+    found, _ = fase4.find_images([tmp_path, tmp_path / "first run.csv"])
     assert [path.name for path in found] == ["a.dcm", "no_suffix", "first run.csv"]
 
 

@@ -170,6 +170,17 @@ def test_answers_of_a_killed_run_stand_or_fall_with_the_next_test(
     assert answers_kept(base) == 0
 
 
+def test_a_pass_in_the_future_is_none(fake: FakeOllama, labelled: LabelFolder) -> None:
+    base = labelled(per_class=1)
+    assert phase2(base, fake) == 0
+    journals = base / "dataset_final_vlm" / config.JOURNAL_DIR
+    servers = utils.Journal(journals / utils.AnswerBook.SERVERS)
+    later = {"time": "2999-01-01T00:00:00.000+00:00"}  # a clock was wrong
+    servers.add({"key": "sight", **(servers.get("sight") or {}), **later})
+    fake.control(faults={"blind": 1.0})
+    assert phase2(base, fake) == 2
+
+
 def test_another_vlm_that_does_not_see_takes_back_only_its_own(
     fake: FakeOllama, labelled: LabelFolder
 ) -> None:
