@@ -389,7 +389,7 @@ def _argument(knob: Field[Any]) -> dict[str, Any]:
         "type": _reader(knob),
         "default": default,
         "choices": about["choices"],
-        "metavar": None if about["choices"] else knob.name.upper(),
+        "metavar": None if about["choices"] else (about["flag"] or knob.name).upper(),
         "help": help_text + shown,
     }
 
