@@ -723,8 +723,9 @@ def majority_rate(data: Dataset) -> float:
 
 def shown(figure: Mapping[str, Any]) -> str:
     """An estimate, with its interval if it has one."""
-    limits = " to ".join(f"{limit:.2f}" for limit in figure.get("interval", ()))
-    return f"{figure['value']:.2f}" + (f" ({limits})" if limits else "")
+    numbers = [figure["value"], *figure.get("interval", ())]
+    value, *limits = (f"{round(one, 2) + 0.0:.2f}" for one in numbers)  # not -0.00
+    return f"{value} ({' to '.join(limits)})" if limits else value
 
 
 def shortened(name: str) -> str:
