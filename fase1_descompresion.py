@@ -284,10 +284,9 @@ def items_of(one: RawDataElement) -> Iterator[Dataset]:
     file = io.BytesIO(value)
     while head := file.read(8):
         group, element, length = struct.unpack(f"{order}HHL", head.ljust(8, b"\0"))
+        is_item = (group, element) == (utils.ITEM_GROUP, 0xE000)
         is_open, end = length == utils.UNDEFINED_LENGTH, file.tell() + length
-        if (group, element) != (utils.ITEM_GROUP, 0xE000) or (
-            end > len(value) and not is_open
-        ):
+        if not is_item or not (is_open or end <= len(value)):
             raise RejectedError(f"is damaged: {one.tag} holds what is no item")
         file.seek(-8, os.SEEK_CUR)
         item = read_sequence_item(
@@ -403,13 +402,12 @@ def _convert(task: Task, outcome: Outcome) -> None:
     try:
         dataset = utils.read_dicom(task.source, task.limit_mb)
     except RejectedError as error:
-        if error.dataset:
-            outcome.record = kind_of(error.dataset)
+        if read := error.dataset:
+            outcome.record = kind_of(read, utils.text(read, "SOPClassUID"))
         raise
     elements, notes = raw_elements(dataset), dataset.notes
     meta = file_meta(dataset, notes)
-    kind = outcome.record = kind_of(dataset)
-    kind["sop_class"] = clean(meta.MediaStorageSOPClassUID.name)
+    kind = outcome.record = kind_of(dataset, meta.MediaStorageSOPClassUID)
     if PIXEL_DATA not in dataset:
         raise RejectedError(
             f"holds no image ({kind['modality'] or kind['sop_class'] or 'no modality'})"
@@ -438,11 +436,11 @@ def _convert(task: Task, outcome: Outcome) -> None:
     outcome.name = output_name(outcome.record, outcome.identity)
 
 
-def kind_of(dataset: Dataset) -> dict[str, str]:
+def kind_of(dataset: Dataset, sop_class: str) -> dict[str, str]:
     """What the list of the files that were left out says of one."""
     return {
         "modality": clean(utils.text(dataset, "Modality")),
-        "sop_class": clean(UID(utils.text(dataset, "SOPClassUID")).name),
+        "sop_class": clean(UID(sop_class).name),
         "series_description": clean(utils.text(dataset, "SeriesDescription")),
     }
 

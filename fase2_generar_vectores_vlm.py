@@ -523,7 +523,8 @@ def write_dataset(
     for (prompt, _), times in same_words.items():
         # In the same words, in whatever order, about several images: without looking.
         quality[prompt]["repeated"] += times if times > 1 else 0
-    late = [one for one in image_lines if str(one["last_answer"]) > book.last_pass]
+    tested = book.last_pass
+    late = [one for one in image_lines if str(one["last_answer"]) > tested]
     return manifest(images, shape, quality, book, cfg) | {"unconfirmed": len(late)}
 
 
@@ -662,7 +663,7 @@ def finished(
         )
     if cfg.estimate:
         raise PipelineError("--finished-only asks nothing: leave out --estimate")
-    named = {k: str(last.get(k, n)).removesuffix(":latest") for k, n in asked.items()}
+    named = {k: utils.plain_name(last.get(k, name)) for k, name in asked.items()}
     if named != asked:
         raise PipelineError(
             f"the journal's last answers are by {' and '.join(named.values())}: name "

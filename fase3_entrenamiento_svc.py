@@ -28,10 +28,11 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -624,7 +625,7 @@ def cross_fit(
         found[name] = np.zeros(scores.shape[:2])
     for repeat, others, images in splits:
         limits = find_thresholds(data, judged, others)
-        trained = modalities(data, others)
+        trained = modalities(compress(data.lines, others))
         *_, last = limits["stages"].values()
         logits = last["factor"] * scores[repeat, images]
         found["probabilities"][repeat, images] = softmax(logits, axis=-1)
@@ -748,7 +749,7 @@ def describe_training(data: Dataset, splits: Sequence[Split]) -> dict[str, Any]:
         "dataset": manifest["sha256"],
         "finished_only": manifest.get("finished_only"),
         "unconfirmed": manifest.get("unconfirmed", 0),
-        "modalities": modalities(data),
+        "modalities": modalities(data.lines),
         "images": len(data.labels),
         "rows": data.n_rows,
         "features": data.vectors.shape[1],
@@ -767,10 +768,8 @@ def describe_training(data: Dataset, splits: Sequence[Split]) -> dict[str, Any]:
     }
 
 
-def modalities(data: Dataset, use: Booleans | None = None) -> list[str]:
-    """Those of all images, or some."""
-    images = np.flatnonzero(np.ones(len(data.labels)) if use is None else use)
-    return sorted({data.lines[image]["modality"] for image in images} - {""})
+def modalities(lines: Iterable[Mapping[str, str]]) -> list[str]:
+    return sorted({line["modality"] for line in lines} - {""})
 
 
 def rate_decisions(
@@ -1034,7 +1033,7 @@ def leave_classes_out(data: Dataset, candidate: Candidate) -> dict[str, Any]:
         limits = find_thresholds(rest, held_out)
         judged = judge(rest, unknown, candidate)
         judged = {name: values[None] for name, values in judged.items()}
-        trained = modalities(rest)
+        trained = modalities(rest.lines)
         for image, line in enumerate(unknown.lines):
             foreign = utils.foreign_modality(line["modality"], trained)
             decision = decide(rest, judged, (0, image), limits, foreign)

@@ -111,7 +111,7 @@ def check_conditions(
     now = utils.conditions(cfg, facts)
     trained = {name: metrics["conditions"].get(name) for name in now}
     for name in ("vlm", "embedder"):  # up to version 1.9.1 the flags kept it
-        trained[name] = str(trained[name]).removesuffix(":latest")
+        trained[name] = utils.plain_name(trained[name])
     found = list(differences(trained, now))
     if facts is not None:
         probe = utils.unpack_vector(metrics["probe_vector"])

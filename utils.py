@@ -2943,7 +2943,7 @@ class VlmServer:
             ) from None
         self.unchanged_at, digests = _now(), await self._digests()
         for model in (vlm, embedder):
-            if _plain(model) not in digests:
+            if plain_name(model) not in digests:
                 await self._pull(model)
                 digests = await self._digests()
         shown = await self._call(f"show {vlm}", lambda: self._client.show(vlm))
@@ -2957,7 +2957,10 @@ class VlmServer:
         self._think = False if "thinking" in capabilities else None
         self.tell(f"loading {embedder} and {vlm} on the server at {self.url}")
         _, probe = await asyncio.gather(self._load(), self._probe_embedder())
-        both, kept = {_plain(vlm), _plain(embedder)}, self._cfg.keep_alive != "0"
+        both, kept = (
+            {plain_name(vlm), plain_name(embedder)},
+            self._cfg.keep_alive != "0",
+        )
         loaded = await self._call("list what is loaded", self._loaded)
         if kept and not both <= {*loaded}:
             # Once more: another model was in the way, or the VLM had to go.
@@ -2966,11 +2969,11 @@ class VlmServer:
             loaded = await self._call("list what is loaded", self._loaded)
         self.facts = ServerFacts(
             version=self.version,
-            vlm_digest=digests.get(_plain(vlm), ""),
-            embedder_digest=digests.get(_plain(embedder), ""),
+            vlm_digest=digests.get(plain_name(vlm), ""),
+            embedder_digest=digests.get(plain_name(embedder), ""),
             probe=probe,
             both_loaded=not kept or (len(both) == 2 and both <= {*loaded}),
-            gpu_share=loaded.get(_plain(vlm), 0.0),
+            gpu_share=loaded.get(plain_name(vlm), 0.0),
         )
         return self.facts
 
@@ -2985,7 +2988,7 @@ class VlmServer:
             (self._cfg.vlm, facts.vlm_digest),
             (self._cfg.embed_model, facts.embedder_digest),
         ):
-            if not (digest := digests.get(_plain(model))):
+            if not (digest := digests.get(plain_name(model))):
                 raise PipelineError(
                     f"model {model} was removed from the server at {self.url}: run "
                     f"`ollama pull {model}`, then the same command again"
@@ -3012,7 +3015,7 @@ class VlmServer:
             self.interrupted = False
         with suppress(*_failures()):
             loaded = await self._loaded() if facts.gpu_share else {}
-            share = loaded.get(_plain(self._cfg.vlm), facts.gpu_share)
+            share = loaded.get(plain_name(self._cfg.vlm), facts.gpu_share)
             if share < facts.gpu_share / 2:
                 self.tell(
                     f"warning: {share:.0%} of {self._cfg.vlm} is on the GPU, it was "
@@ -3048,14 +3051,15 @@ class VlmServer:
 
     async def _digests(self) -> dict[str, str]:
         models = (await self._call("list its models", self._client.list)).models
-        return {_plain(one.model): str(one.digest) for one in models}
+        return {plain_name(one.model): str(one.digest) for one in models}
 
     async def _loaded(self) -> dict[str, float]:
         """The models in memory, and the share of each that is on the GPU."""
         async with asyncio.timeout(CONNECT_S):  # it may hang with a frozen runner
             models = (await self._client.ps()).models
         return {
-            _plain(one.model): (one.size_vram or 0) / (one.size or 1) for one in models
+            plain_name(one.model): (one.size_vram or 0) / (one.size or 1)
+            for one in models
         }
 
     async def _pull(self, model: str) -> None:
@@ -3284,7 +3288,7 @@ class VlmServer:
     async def _missing(self) -> str:
         """Why the server does not answer; "" when it does, with the VLM loaded."""
         try:
-            if _plain(self._cfg.vlm) not in await self._loaded():
+            if plain_name(self._cfg.vlm) not in await self._loaded():
                 async with asyncio.timeout(LOAD_S):
                     await self._chat([])
         except _failures() as error:
@@ -3387,7 +3391,8 @@ def _remedy(error: BaseException) -> str:
     return _STATUS_REMEDIES.get(getattr(error, "status_code", 0), "")
 
 
-def _plain(model: str | None) -> str:
+def plain_name(model: str | None) -> str:
+    """The name of a model without the tag that Ollama adds where none is named."""
     return str(model).removesuffix(":latest")
 
 
